@@ -1,0 +1,53 @@
+# Each target sets up .venv by itself. PYTHON picks the interpreter: make demo PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+PROMPT := Explain in a few sentences why the sky is blue.
+
+.PHONY: help demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## set up, then generate text with AR and I-DLM and compare them
+	@echo "== demo: the same prompt with the plain model and with I-DLM (the first run fetches the model)"
+	@$(BIN)/idlm generate --compare "$(PROMPT)"
+
+test: $(VENV)/.dev  ## set up, then run the tests
+	@echo "== test: pytest, without the tests that need a GPU"
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## set up, then check style and types
+	@echo "== lint: ruff and mypy"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## set up, then run the benchmarks on this machine
+	@echo "== bench: every benchmarks/bench_*.py"
+	@for script in $(wildcard benchmarks/bench_*.py); do $(BIN)/python $$script || exit 1; done
+
+clean:  ## remove the environment and all caches
+	@echo "== clean: removing $(VENV) and the caches"
+	@rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+# torch goes first and pinned: an unpinned torch may pick a build with gigabytes of CUDA libraries.
+$(VENV)/.torch:
+	@echo "== setup: $(VENV) with $(TORCH)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: idlm needs Python 3.11 or newer and '$(PYTHON)' is not; name another one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml | $(VENV)/.torch
+	@echo "== setup: idlm and what the demo needs"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.torch
+	@echo "== setup: idlm and what development needs"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[demo,dev,train]"
+	@touch $@
