@@ -1,0 +1,291 @@
+"""What conversion adds to a base model: gated LoRA, mask embedding and sampler head.
+
+All three act on mask rows only. PEFT's file format for the LoRA; safetensors throughout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from idlm.errors import AdapterMismatchError, CheckpointError
+from idlm.model import cpu_kernels
+from idlm.model.config import ModelConfig
+from idlm.model.files import write_json, write_safetensors
+
+# The fused projections of a layer and the modules (names as in transformers and PEFT) they join.
+FUSED_MODULES = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+MODULE_PARENT = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down": "mlp"}
+
+CONFIG_FILE = "idlm_config.json"
+HEAD_FILE = "sampler_head.safetensors"
+LORA_FILE = "adapter_model.safetensors"
+PEFT_CONFIG_FILE = "adapter_config.json"
+FORMAT_VERSION = 1
+
+
+def module_shapes(config: ModelConfig, fused: str) -> tuple[int, tuple[int, ...]]:
+    """Input width of a fused projection and the output width of each module in it."""
+    H, I, D = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_heads * D, config.num_kv_heads * D
+    return {
+        "qkv": (H, (q, kv, kv)),
+        "o": (q, (H,)),
+        "gate_up": (H, (I, I)),
+        "down": (I, (H,)),
+    }[fused]
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Shapes of an adapter and the base model it belongs to.
+
+    Attributes:
+        rank: rank of every low-rank update.
+        alpha: the update is scaled by ``alpha / rank``.
+        projections: fused projections that carry a LoRA (keys of `FUSED_MODULES`).
+        block_size: longest mask block seen in training (stride - 1).
+        head_width: inner width of the sampler head.
+        base_fingerprint: `ModelConfig.fingerprint` of the base model.
+        base_model: name of the base model, for people.
+    """
+
+    rank: int
+    alpha: float
+    projections: tuple[str, ...]
+    block_size: int
+    head_width: int
+    base_fingerprint: str
+    base_model: str
+
+
+class LoraLinear(nn.Module):
+    """Low-rank updates of the modules in one fused projection.
+
+    The down-projections ``A`` of all modules are one product; the up-projections ``B`` are one
+    product with a block-diagonal weight.
+    """
+
+    def __init__(self, in_features: int, out_features: tuple[int, ...], rank: int, scale: float):
+        super().__init__()
+        self.rank, self.scale = rank, scale
+        self.A = nn.Parameter(torch.empty(len(out_features) * rank, in_features))
+        self.B = nn.ParameterList(torch.zeros(out, rank) for out in out_features)
+        nn.init.normal_(self.A, std=in_features**-0.5)
+        self._up_OZ: torch.Tensor | None = None
+
+    def freeze(self) -> None:
+        """Build the block-diagonal ``B`` once, for inference."""
+        self._up_OZ = self._up().detach()
+
+    def add_to(self, y_BRO: torch.Tensor, x_BRI: torch.Tensor, num_masks: int) -> torch.Tensor:
+        """``y`` with the update added to its last ``num_masks`` rows; in place if frozen."""
+        first = x_BRI.shape[1] - num_masks
+        x_BMI = x_BRI[:, first:]
+        if self._up_OZ is None:
+            update_BMO = F.linear(F.linear(x_BMI, self.A), self._up())
+            if first == 0:
+                return y_BRO + update_BMO
+            return torch.cat((y_BRO[:, :first], y_BRO[:, first:] + update_BMO), dim=1)
+        if cpu_kernels.usable(x_BMI):
+            z_BMZ = cpu_kernels.linear(x_BMI, self.A)
+            cpu_kernels.linear(z_BMZ, self._up_OZ, out=y_BRO[:, first:], accumulate=True)
+        else:
+            y_BRO[:, first:] += F.linear(F.linear(x_BMI, self.A), self._up_OZ)
+        return y_BRO
+
+    def _up(self) -> torch.Tensor:
+        return torch.block_diag(*self.B) * self.scale
+
+
+class SamplerHead(nn.Module):
+    """Recurrent head that turns the marginals of a mask block into a chain.
+
+    ``s_j = s_{j-1} + W_o (silu(g_j) * u_j)`` with
+    ``[g_j, u_j] = W_h h_j + W_e e(x_{j-1}) + W_s norm(s_{j-1})``, ``s_0 = 0``; the logits of place
+    ``j`` are the model's own output layer applied to ``h_j + s_j`` (after Apple's sampler head,
+    arXiv 2507.11851 section 3.3, made recurrent as in ReDrafter, arXiv 2403.09919).
+    """
+
+    def __init__(self, hidden_size: int, width: int, eps: float) -> None:
+        super().__init__()
+        self.from_hidden = nn.Linear(hidden_size, 2 * width, bias=True)
+        self.from_token = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.from_state = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.token_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.state_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.out = nn.Linear(width, hidden_size, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def project(self, hidden_BMH: torch.Tensor) -> torch.Tensor:
+        """The share of the mask rows' hidden states, for all places of the block at once."""
+        return _linear(hidden_BMH, self.from_hidden)
+
+    def step(
+        self, projected_BW: torch.Tensor, token_BH: torch.Tensor, state_BH: torch.Tensor
+    ) -> torch.Tensor:
+        """The state ``s_j`` from place ``j``'s projection, ``e(x_{j-1})`` and ``s_{j-1}``."""
+        token_BW = _linear(self.token_norm(token_BH), self.from_token)
+        state_BW = _linear(self.state_norm(state_BH), self.from_state)
+        gate, up = (projected_BW + token_BW + state_BW).chunk(2, dim=-1)
+        return state_BH + _linear(F.silu(gate) * up, self.out)
+
+
+def _linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    if cpu_kernels.usable(x):
+        return cpu_kernels.linear(x, layer.weight, layer.bias)
+    return layer(x)  # type: ignore[no-any-return]
+
+
+class Adapter(nn.Module):
+    """Gated LoRA, learned mask embedding and sampler head of a converted model."""
+
+    def __init__(self, config: AdapterConfig, base: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        scale = config.alpha / config.rank
+        self.lora = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    fused: LoraLinear(*module_shapes(base, fused), config.rank, scale)
+                    for fused in config.projections
+                }
+            )
+            for _ in range(base.num_layers)
+        )
+        self.mask_embedding = nn.Parameter(torch.randn(base.hidden_size) * 0.02)
+        self.head = SamplerHead(base.hidden_size, config.head_width, base.rms_norm_eps)
+
+    def layer(self, index: int) -> dict[str, LoraLinear]:
+        """The LoRAs of one decoder layer by fused projection."""
+        return dict(self.lora[index].items())  # type: ignore[operator]
+
+    def freeze(self) -> Adapter:
+        """Prepare for inference: no gradients, fused up-projections. Returns self."""
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, LoraLinear):
+                module.freeze()
+        return self.eval()
+
+    def save(self, folder: Path) -> None:
+        """Write PEFT's two files, the sampler head and `idlm_config.json` into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_safetensors(folder / LORA_FILE, dict(self._peft_tensors()))
+        head = {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        write_safetensors(folder / HEAD_FILE, {"mask_embedding": self.mask_embedding, **head})
+        modules = [m for fused in self.config.projections for m in FUSED_MODULES[fused]]
+        peft = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.config.base_model,
+            "r": self.config.rank,
+            "lora_alpha": self.config.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": modules,
+            "inference_mode": True,
+        }
+        write_json(folder / PEFT_CONFIG_FILE, peft)
+        write_json(folder / CONFIG_FILE, {"format": FORMAT_VERSION, **asdict(self.config)})
+
+    @classmethod
+    def load(
+        cls, folder: Path, base: ModelConfig, *, device: torch.device, dtype: torch.dtype
+    ) -> Adapter:
+        """Read an adapter that belongs to ``base``, frozen for inference.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+            AdapterMismatchError: made for another base model, or shapes differ.
+        """
+        config = load_adapter_config(folder)
+        if config.base_fingerprint != base.fingerprint():
+            raise AdapterMismatchError(
+                f"The adapter in {folder} was made for another base model ({config.base_model}, "
+                f"fingerprint {config.base_fingerprint[:12]}, not {base.fingerprint()[:12]}); "
+                "use it with that model, or convert this one."
+            )
+        adapter = cls(config, base)
+        adapter._fill(_read(folder / LORA_FILE), _read(folder / HEAD_FILE), folder)
+        return adapter.to(device=device, dtype=dtype).freeze()
+
+    def _peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for index, layer in enumerate(self.lora):
+            for fused, lora in layer.items():  # type: ignore[operator]
+                A_parts = lora.A.split(self.config.rank)
+                for module, A, B in zip(FUSED_MODULES[fused], A_parts, lora.B, strict=True):
+                    name = _peft_name(index, fused, module)
+                    yield f"{name}.lora_A.weight", A
+                    yield f"{name}.lora_B.weight", B
+
+    @torch.no_grad()
+    def _fill(
+        self, lora: dict[str, torch.Tensor], head: dict[str, torch.Tensor], folder: Path
+    ) -> None:
+        own = dict(self._peft_tensors())
+        own["mask_embedding"] = self.mask_embedding
+        own |= {f"head.{k}": v for k, v in self.head.named_parameters()}
+        given = {**lora, **head}
+        if unknown := sorted(own.keys() ^ given.keys()):
+            raise AdapterMismatchError(
+                f"The tensors in {folder} are not those its config names: {unknown[0]!r} and "
+                f"{len(unknown) - 1} more are missing or unexpected; convert again."
+            )
+        for name, tensor in own.items():
+            if tensor.shape != given[name].shape:
+                raise AdapterMismatchError(
+                    f"{name} in {folder} has shape {tuple(given[name].shape)}, the base model "
+                    f"needs {tuple(tensor.shape)}; use the model the adapter was made for."
+                )
+            tensor.copy_(given[name])
+
+
+def load_adapter_config(folder: Path) -> AdapterConfig:
+    """Read `idlm_config.json`.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or of a newer format.
+    """
+    try:
+        fields: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+        version = fields.pop("format")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"The adapter in {folder} is of format {version}; upgrade idlm to read it."
+            )
+        return AdapterConfig(**{**fields, "projections": tuple(fields["projections"])})
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"No adapter in {folder}: {CONFIG_FILE} is missing; give the folder that `idlm "
+            "convert` wrote."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is damaged ({error}).") from error
+
+
+def _peft_name(layer: int, fused: str, module: str) -> str:
+    return f"base_model.model.model.layers.{layer}.{MODULE_PARENT[fused]}.{module}"
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is missing or damaged ({error}); fetch or convert the adapter again."
+        ) from error

@@ -1,0 +1,206 @@
+"""The Llama-family decoder: one definition for training and inference.
+
+A forward takes *rows*: clean tokens first, then mask rows. Rows know their position explicitly;
+what a row sees is the business of the `Attention` passed in. An `Adapter` acts on the mask rows
+only, so clean rows compute what the base model computes, bit by bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from idlm.model import cpu_kernels
+from idlm.model.attention import Attention
+from idlm.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from idlm.model.adapter import Adapter, LoraLinear
+
+
+def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
+    """``x @ weight.T + bias``, by the row-invariant CPU kernel where it can be used."""
+    if cpu_kernels.usable(x):
+        return cpu_kernels.linear(x, weight_OI, bias_O)
+    return F.linear(x, weight_OI, bias_O)
+
+
+class Linear(nn.Linear):
+    """Linear layer with an optional low-rank update of the last ``M`` (mask) rows."""
+
+    def forward(  # type: ignore[override]
+        self, x_BRI: torch.Tensor, lora: LoraLinear | None = None, num_masks: int = 0
+    ) -> torch.Tensor:
+        y_BRO = linear(x_BRI, self.weight, self.bias)
+        if lora is None or num_masks == 0:
+            return y_BRO
+        return lora.add_to(y_BRO, x_BRI, num_masks)
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last dimension, in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotate(x_BRND: torch.Tensor, cos_BR1D: torch.Tensor, sin_BR1D: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of ``x``: halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    ``sin`` carries the sign of its first half.
+    """
+    x1, x2 = x_BRND.chunk(2, dim=-1)
+    return x_BRND * cos_BR1D + torch.cat((x2, x1), dim=-1) * sin_BR1D
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer with fused QKV and gate/up projections."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        H, D, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+        self.attn_norm = RMSNorm(H, eps)
+        self.qkv = Linear(
+            H, (config.num_heads + 2 * config.num_kv_heads) * D, bias=config.qkv_bias
+        )
+        self.q_norm = RMSNorm(D, eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, eps) if config.qk_norm else None
+        self.o = Linear(config.num_heads * D, H, bias=config.output_bias)
+        self.mlp_norm = RMSNorm(H, eps)
+        self.gate_up = Linear(H, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, H, bias=config.mlp_bias)
+
+    def forward(
+        self,
+        x_BRH: torch.Tensor,
+        cos_BR1D: torch.Tensor,
+        sin_BR1D: torch.Tensor,
+        attention: Attention,
+        num_masks: int,
+        adapter: Adapter | None,
+    ) -> torch.Tensor:
+        lora = {} if adapter is None else adapter.layer(self.index)
+        q, k, v = self.project(x_BRH, cos_BR1D, sin_BR1D, lora, num_masks)
+        return self.combine(x_BRH, attention(self.index, q, k, v), lora, num_masks)
+
+    def project(
+        self,
+        x_BRH: torch.Tensor,
+        cos_BR1D: torch.Tensor,
+        sin_BR1D: torch.Tensor,
+        lora: dict[str, LoraLinear],
+        num_masks: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries and keys, and values: ``[B, R, heads, D]`` each."""
+        qkv_BRW = self.qkv(self.attn_norm(x_BRH), lora.get("qkv"), num_masks)
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = qkv_BRW.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos_BR1D, sin_BR1D), rotate(k, cos_BR1D, sin_BR1D), v
+
+    def combine(
+        self,
+        x_BRH: torch.Tensor,
+        attended_BRQD: torch.Tensor,
+        lora: dict[str, LoraLinear],
+        num_masks: int,
+    ) -> torch.Tensor:
+        """Residual stream after the attention's output projection and the SwiGLU MLP."""
+        x_BRH = x_BRH + self.o(attended_BRQD.flatten(2), lora.get("o"), num_masks)
+        normed_BRH = self.mlp_norm(x_BRH)
+        gate, up = self.gate_up(normed_BRH, lora.get("gate_up"), num_masks).chunk(2, dim=-1)
+        return x_BRH + self.down(F.silu(gate) * up, lora.get("down"), num_masks)
+
+
+class Decoder(nn.Module):
+    """Token rows in, final hidden states out; `logits` maps those to the vocabulary."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        # Neither parameter nor buffer: stays fp32 whatever dtype the model is moved to.
+        self.inv_freq_F, self.rope_factor = config.rope.frequencies(
+            config.head_dim, config.max_position_embeddings
+        )
+
+    def forward(
+        self,
+        tokens_BC: torch.Tensor,
+        positions_BR: torch.Tensor,
+        attention: Attention,
+        *,
+        num_masks: int = 0,
+        adapter: Adapter | None = None,
+    ) -> torch.Tensor:
+        """Run the clean rows and the ``num_masks`` mask rows that follow them.
+
+        Args:
+            tokens_BC: token ids of the clean rows, int64; C may be 0. Any id is ordinary text,
+                the mask token's too: masks are rows, not ids.
+            positions_BR: position of every row, ``R = C + num_masks``, int64.
+            attention: the keys and values of this pass and who sees them.
+            adapter: acts on mask rows only. None: masks are the embedding of the mask token of
+                a fully converted model (``config.mask_token_id``).
+        Returns:
+            ``hidden_BRH`` after the final norm.
+        """
+        x_BRH = self._embed(tokens_BC, num_masks, adapter)
+        cos_BR1D, sin_BR1D = self._rope(positions_BR, x_BRH.dtype)
+        for layer in self.layers:
+            x_BRH = layer(x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, adapter)
+        return self.norm(x_BRH)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[..., H]`` to ``[..., V]``, in the dtype of ``hidden``."""
+        return linear(hidden, self.output_weight, None)
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """``[V, H]``: the output layer, which is the embedding when the two are tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def _embed(
+        self, tokens_BC: torch.Tensor, num_masks: int, adapter: Adapter | None
+    ) -> torch.Tensor:
+        x_BCH = self.embed(tokens_BC)
+        if num_masks == 0:
+            return x_BCH
+        if adapter is not None:
+            mask_H = adapter.mask_embedding
+        else:
+            assert self.config.mask_token_id is not None, "mask rows need an adapter or a mask id"
+            mask_H = self.embed.weight[self.config.mask_token_id]
+        mask_BMH = mask_H.to(x_BCH.dtype).expand(x_BCH.shape[0], num_masks, -1)
+        return torch.cat((x_BCH, mask_BMH), dim=1)
+
+    def _rope(
+        self, positions_BR: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.inv_freq_F.device != positions_BR.device:
+            self.inv_freq_F = self.inv_freq_F.to(positions_BR.device)
+        angles_BRF = positions_BR[..., None].float() * self.inv_freq_F
+        cos_BRF = angles_BRF.cos() * self.rope_factor
+        sin_BRF = angles_BRF.sin() * self.rope_factor
+        cos_BR1D = torch.cat((cos_BRF, cos_BRF), dim=-1)[:, :, None].to(dtype)
+        sin_BR1D = torch.cat((-sin_BRF, sin_BRF), dim=-1)[:, :, None].to(dtype)
+        return cos_BR1D, sin_BR1D
