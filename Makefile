@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# Compiling every module of every package to bytecode takes two thirds of the whole set-up.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 PROMPT := Explain in a few sentences why the sky is blue.
 
 .PHONY: help demo test lint bench clean
@@ -39,15 +41,15 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: idlm needs Python 3.11 or newer and '$(PYTHON)' is not; name another one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(PIP) "$(TORCH)"
 	@touch $@
 
 $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 	@echo "== setup: idlm and what the demo needs"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[demo]"
+	@$(PIP) "$(TORCH)" -e ".[demo]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 	@echo "== setup: idlm and what development needs"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -e ".[demo,dev,train]"
+	@$(PIP) "$(TORCH)" -e ".[demo,dev,train]"
 	@touch $@
