@@ -28,8 +28,8 @@ lint: $(VENV)/.dev  ## set up, then check style and types
 	@$(BIN)/mypy
 
 bench: $(VENV)/.dev  ## set up, then run the benchmarks on this machine
-	@echo "== bench: every benchmarks/bench_*.py"
-	@for script in $(wildcard benchmarks/bench_*.py); do $(BIN)/python $$script || exit 1; done
+	@echo "== bench: every script in benchmarks/"
+	@for script in $(wildcard benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove the environment and all caches
 	@echo "== clean: removing $(VENV) and the caches"
