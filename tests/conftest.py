@@ -5,9 +5,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
+
+from idlm.model.checkpoint import resolve
 
 torch.set_num_threads(2)
 
@@ -19,3 +23,9 @@ settings.load_profile("idlm")
 def fixed_seed() -> None:
     """Make every test start from the same global random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def default_model_dir() -> Path:
+    """Folder of the converted default model (fetched and converted on first use, then cached)."""
+    return resolve(None)

@@ -36,7 +36,8 @@ class RopeConfig:
             Llama 3.1 release.
         """
         fields = dict(self.scaling)
-        exponents_F = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        # On the CPU even while a decoder is built on the meta device.
+        exponents_F = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
         inv_freq_F = 1.0 / self.theta**exponents_F
         if self.kind == "default":
             return inv_freq_F, 1.0
@@ -78,7 +79,8 @@ class RopeConfig:
         low, high = max(low, 0), min(high, head_dim - 1)
         if low == high:
             high += 0.001
-        ramp_F = ((torch.arange(head_dim // 2).float() - low) / (high - low)).clamp(0, 1)
+        pairs_F = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+        ramp_F = ((pairs_F - low) / (high - low)).clamp(0, 1)
         inv_freq_F = inv_freq_F / factor * ramp_F + inv_freq_F * (1 - ramp_F)
         return inv_freq_F, self._yarn_attention_factor(factor, fields)
 

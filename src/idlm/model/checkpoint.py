@@ -1,0 +1,305 @@
+"""Models on disk: finding a model by name and reading its config and weights.
+
+Everything ends up as a local folder in Hugging Face form: `config.json`, safetensors, tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
+
+from idlm.errors import CheckpointError, UnsupportedModelError
+from idlm.model import default_model
+from idlm.model.adapter import FUSED_MODULES, MODULE_PARENT, module_shapes
+from idlm.model.config import ModelConfig
+from idlm.model.decoder import Decoder
+from idlm.model.gguf_file import convert_gguf
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
+FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
+
+
+def resolve(model: str | Path | None) -> Path:
+    """The local folder of ``model`` in Hugging Face form.
+
+    Args:
+        model: a folder; a `.gguf` file or a folder with one, which is converted and cached; a
+            model id of the Hugging Face hub; None for the default model.
+
+    Raises:
+        CheckpointError: there is no such model, or it cannot be fetched or read.
+        UnsupportedModelError: a GGUF file of an architecture that is not supported.
+        ResourceError: no disk space for the converted model.
+    """
+    if model is None:
+        return default_model.locate()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix == ".gguf":
+        if path.is_file():
+            return convert_gguf(path)
+        raise CheckpointError(f"There is no file {path}; give the path of a GGUF file.")
+    if path.exists():
+        raise CheckpointError(f"{path} is not a model; give a model folder or a .gguf file.")
+    return _from_hub(str(model))
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read `config.json`, with the end-of-sequence ids of `generation_config.json` added.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+        UnsupportedModelError: the architecture or a feature of it is not supported, or the
+            weights are quantised.
+    """
+    fields = _read_json(folder / "config.json")
+    if fields.get("quantization_config"):
+        raise UnsupportedModelError(
+            f"The weights in {folder} are quantised (quantization_config in config.json), which "
+            "is not supported; use the unquantised model or a GGUF file of it."
+        )
+    try:
+        config = ModelConfig.from_hf(fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is damaged: {_reason(error)}; fetch the model again."
+        ) from error
+    if not (folder / "generation_config.json").exists():
+        return config
+    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+    more = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more))))
+
+
+def load_decoder(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Decoder:
+    """Read the weights of a model folder, frozen for inference.
+
+    Names, shapes and file lengths are checked before any memory is taken, and tensors are copied
+    one by one from the mapped files to their place, so the model is never held twice.
+
+    Raises:
+        CheckpointError: a file or tensor is missing, unexpected, truncated or of wrong shape.
+        UnsupportedModelError: as `load_config`.
+    """
+    config = load_config(folder)
+    places = dict(_places(config))
+    files = _weight_files(folder)
+    _check(folder, files, places)
+    with torch.device("meta"), _WithoutInitialisation():
+        decoder = Decoder(config)
+    decoder = decoder.to(dtype).requires_grad_(False).to_empty(device=device).eval()
+    parameters = dict(decoder.named_parameters())
+    for path, names in files.items():
+        with safe_open(path, framework="pt") as tensors:
+            for name in names & places.keys():
+                place = places[name]
+                parameter = parameters[place.parameter]
+                parameter[place.start : place.start + place.shape[0]] = tensors.get_tensor(name)
+    return decoder
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Skips `torch.nn.init`, which on the meta device imports the compiler: seconds for nothing."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint tensor of ``shape`` goes: rows of a (fused) parameter from ``start``."""
+
+    parameter: str
+    start: int
+    shape: tuple[int, ...]
+
+
+def _places(config: ModelConfig) -> Iterator[tuple[str, _Place]]:
+    """Every tensor of the checkpoint, by its Hugging Face name."""
+    V, H, D = config.vocab_size, config.hidden_size, config.head_dim
+    biased = {
+        "qkv": config.qkv_bias,
+        "o": config.output_bias,
+        "gate_up": config.mlp_bias,
+        "down": config.mlp_bias,
+    }
+    yield "model.embed_tokens.weight", _Place("embed.weight", 0, (V, H))
+    yield "model.norm.weight", _Place("norm.weight", 0, (H,))
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", _Place("lm_head.weight", 0, (V, H))
+    for i in range(config.num_layers):
+        source, own = f"model.layers.{i}", f"layers.{i}"
+        yield f"{source}.input_layernorm.weight", _Place(f"{own}.attn_norm.weight", 0, (H,))
+        yield f"{source}.post_attention_layernorm.weight", _Place(f"{own}.mlp_norm.weight", 0, (H,))
+        if config.qk_norm:
+            yield f"{source}.self_attn.q_norm.weight", _Place(f"{own}.q_norm.weight", 0, (D,))
+            yield f"{source}.self_attn.k_norm.weight", _Place(f"{own}.k_norm.weight", 0, (D,))
+        for fused, modules in FUSED_MODULES.items():
+            width, sizes = module_shapes(config, fused)
+            start = 0
+            for module, size in zip(modules, sizes, strict=True):
+                name = f"{source}.{MODULE_PARENT[fused]}.{module}"
+                yield f"{name}.weight", _Place(f"{own}.{fused}.weight", start, (size, width))
+                if biased[fused]:
+                    yield f"{name}.bias", _Place(f"{own}.{fused}.bias", start, (size,))
+                start += size
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str]]:
+    """The safetensors files of a folder and the tensors to take from each."""
+    if (folder / WEIGHTS_FILE).exists():
+        path = folder / WEIGHTS_FILE
+        return {path: set(_headers(path))}
+    if (folder / INDEX_FILE).exists():
+        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map; fetch it again.")
+        files: dict[Path, set[str]] = {}
+        for name, file in weight_map.items():
+            files.setdefault(folder / file, set()).add(name)
+        return files
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when it "
+            "is read; convert it to safetensors, or use a model that comes as safetensors."
+        )
+    raise CheckpointError(
+        f"No weights in {folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there; fetch the "
+        "model again, as safetensors or as a GGUF file."
+    )
+
+
+def _check(folder: Path, files: dict[Path, set[str]], places: dict[str, _Place]) -> None:
+    given = set().union(*files.values())
+    if missing := sorted(places.keys() - given):
+        raise CheckpointError(
+            f"The weights in {folder} lack {missing[0]} ({len(missing)} tensors are missing); "
+            "config.json belongs to another model, or the weights are incomplete."
+        )
+    if unexpected := sorted(name for name in given - places.keys() if not _ignorable(name)):
+        raise CheckpointError(
+            f"The weights in {folder} hold {unexpected[0]}, which config.json does not account "
+            f"for ({len(unexpected)} such tensors); they belong to another model."
+        )
+    for path, names in files.items():
+        headers = _headers(path)
+        for name in names & places.keys():
+            if name not in headers:
+                raise CheckpointError(
+                    f"{path} lacks {name}, which {INDEX_FILE} promises; fetch the model again."
+                )
+            dtype, shape = headers[name]
+            if shape != places[name].shape:
+                raise CheckpointError(
+                    f"{name} in {path} has shape {shape}, config.json asks for "
+                    f"{places[name].shape}; the two belong to different models."
+                )
+            if dtype not in FLOAT_DTYPES:
+                raise CheckpointError(
+                    f"{name} in {path} is of type {dtype}, not floating point: quantised weights "
+                    "are not supported; use the unquantised model or a GGUF file of it."
+                )
+
+
+def _ignorable(name: str) -> bool:
+    # A copy of the tied embedding, and the rotary frequencies that old checkpoints stored.
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+
+
+def _headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor in a safetensors file, whose length is checked too."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {k: (s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is missing or damaged ({error}); fetch the model again."
+        ) from error
+
+
+def _from_folder(folder: Path) -> Path:
+    if any(folder.glob("*.safetensors")):
+        return folder
+    ggufs = sorted(folder.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return convert_gguf(ggufs[0])
+    if ggufs:
+        raise CheckpointError(
+            f"{folder} holds {len(ggufs)} GGUF files; give the path of one of them, such as "
+            f"{ggufs[0]}."
+        )
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"No model in {folder}: it has no config.json and no GGUF file; give a model folder."
+        )
+    return folder
+
+
+def _from_hub(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    advice = (
+        "Give a local model folder, a .gguf file, or the id (owner/name) of a model that can be "
+        "reached"
+    )
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"There is no folder {model!r}, and it is no model id either. {advice}."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"There is no folder {model!r}, and the model hub knows no such model (or needs a "
+            f"login for it). {advice}."
+        ) from error
+    # Offline, timeouts, full disk, interrupted downloads: each has its own exception class.
+    except Exception as error:
+        raise CheckpointError(
+            f"There is no folder {model!r}, and fetching it from the model hub failed: "
+            f"{_reason(error)}. {advice}; None is the default model, which needs no hub."
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"No model in {path.parent}: {path.name} is missing; give a model folder."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {_reason(error)}; fetch the model again."
+        ) from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path} is not a JSON object; fetch the model again.")
+    return fields
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, with its kind where the text alone says little."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
