@@ -50,6 +50,7 @@ typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 typedef float v4f __attribute__((vector_size(16)));
 typedef uint32_t v4u __attribute__((vector_size(16)));
+typedef uint16_t v4h __attribute__((vector_size(8)));
 
 INLINE vf vfma(vf a, vf b, vf c) {
 #if VL == 16
@@ -105,30 +106,40 @@ INLINE vf load_part(const char *p, bool half, int part) {
     return part ? (vf)(raw & 0xffff0000u) : (vf)(raw << 16);
 }
 
-INLINE float bf16_to_float(uint16_t h) {
-    uint32_t u = (uint32_t)h << 16;
-    float f;
-    memcpy(&f, &u, sizeof f);
-    return f;
-}
-
-/* Round to nearest even; NaN stays NaN. */
-INLINE uint16_t float_to_bf16(float f) {
-    uint32_t u;
-    memcpy(&u, &f, sizeof u);
-    if (f != f) return 0x7fc0;
-    return (uint16_t)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
-INLINE float load_scalar(const char *p, bool half, int64_t i) {
-    return half ? bf16_to_float(((const uint16_t *)p)[i]) : ((const float *)p)[i];
-}
-
-INLINE void store_scalar(char *p, bool half, int64_t i, float f) {
-    if (half)
-        ((uint16_t *)p)[i] = float_to_bf16(f);
+/* n <= 4 elements at p as fp32, zero-padded. */
+INLINE v4f load4(const char *p, bool half, int64_t n) {
+    if (half) {
+        uint16_t h[4] = {0};
+        if (n == 4)
+            memcpy(h, p, 8);
+        else
+            memcpy(h, p, n * 2);
+        const v4u u = {h[0], h[1], h[2], h[3]};
+        return (v4f)(u << 16);
+    }
+    v4f v = {0};
+    if (n == 4)
+        memcpy(&v, p, 16);
     else
-        ((float *)p)[i] = f;
+        memcpy(&v, p, n * 4);
+    return v;
+}
+
+/* Store n <= 4 elements; to bf16 by rounding to nearest even (NaN stays NaN). */
+INLINE void store4(char *p, bool half, int64_t n, v4f v) {
+    if (half) {
+        const v4u u = (v4u)v, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+        const v4u nan = (v4u)(v != v), bits = (rounded & ~nan) | (0x7fc0u & nan);
+        const v4h h = __builtin_convertvector(bits, v4h);
+        if (n == 4)
+            memcpy(p, &h, 8);
+        else
+            memcpy(p, &h, n * 2);
+    } else if (n == 4) {
+        memcpy(p, &v, 16);
+    } else {
+        memcpy(p, &v, n * 4);
+    }
 }
 
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -203,12 +214,12 @@ INLINE void pack_row(float *dst, const char *src, bool half, int64_t n) {
 }
 
 INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x, int64_t x_stride,
-                     const char *const w[OB], int64_t offset) {
+                     const char *w, int64_t w_stride) {
 #pragma GCC unroll 2
     for (int part = 0; part < 2; part++) {
         vf wv[OB];
 #pragma GCC unroll 8
-        for (int o = 0; o < OB; o++) wv[o] = load_part(w[o] + offset, half, part);
+        for (int o = 0; o < OB; o++) wv[o] = load_part(w + o * w_stride, half, part);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const vf xv = vload(x + r * x_stride + part * VL);
@@ -223,7 +234,8 @@ INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x, 
 
 /* out[r] = the dot products of packed row r with the four weight rows. */
 INLINE void dot_block(v4f out[RB], const int rows, bool half, const float *x, int64_t x_stride,
-                      const char *const w[OB], int64_t n, int64_t prefetch) {
+                      const char *w, int64_t w_stride, int64_t n, int64_t ahead, int phase,
+                      int period) {
     const int64_t group_bytes = GROUP * (half ? 2 : 4), full = n / GROUP;
     vf acc[RB][OB];
 #pragma GCC unroll 8
@@ -231,52 +243,47 @@ INLINE void dot_block(v4f out[RB], const int rows, bool half, const float *x, in
 #pragma GCC unroll 8
         for (int o = 0; o < OB; o++) acc[r][o] = (vf){0};
     for (int64_t g = 0; g < full; g++) {
-        if (prefetch)
+        const char *p = w + g * group_bytes;
+        if (--phase < 0) {
+            phase += period;
 #pragma GCC unroll 8
             for (int o = 0; o < OB; o++)
                 for (int64_t line = 0; line < group_bytes; line += 64)
-                    __builtin_prefetch(w[o] + g * group_bytes + prefetch + line, 0, 2);
-        dot_step(acc, rows, half, x + g * GROUP, x_stride, w, g * group_bytes);
+                    __builtin_prefetch(p + ahead + o * w_stride + line, 0, 2);
+        }
+        dot_step(acc, rows, half, x + g * GROUP, x_stride, p, w_stride);
     }
     const int64_t rest = n - full * GROUP;
     if (rest) {
         char tail[OB][GROUP * 4] = {{0}};
-        const char *t[OB];
-        for (int o = 0; o < OB; o++) {
-            memcpy(tail[o], w[o] + full * group_bytes, rest * (half ? 2 : 4));
-            t[o] = tail[o];
-        }
-        dot_step(acc, rows, half, x + full * GROUP, x_stride, t, 0);
+        for (int o = 0; o < OB; o++)
+            memcpy(tail[o], w + o * w_stride + full * group_bytes, rest * (half ? 2 : 4));
+        dot_step(acc, rows, half, x + full * GROUP, x_stride, tail[0], sizeof tail[0]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) out[r] = reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
 }
 
-#define DEFINE_DOT(NAME, HALF)                                                                    \
-    static void NAME(v4f *out, int rows, const float *x, int64_t xs, const char *const *w,        \
-                     int64_t n, int64_t prefetch) {                                               \
-        switch (rows) {                                                                           \
-            case 1: dot_block(out, 1, HALF, x, xs, w, n, prefetch); break;                        \
-            case 2: dot_block(out, 2, HALF, x, xs, w, n, prefetch); break;                        \
-            DOT_CASES(HALF)                                                                       \
-        }                                                                                         \
+/* Call CALL(n) with n = rows as a compile-time constant, 1 <= rows <= RB. */
+#define DISPATCH_ROWS(rows, CALL)        \
+    switch (rows) {                      \
+        case 1: CALL(1); break;          \
+        case 2: CALL(2); break;          \
+        case 3: if (RB >= 3) CALL(3); break; \
+        case 4: if (RB >= 4) CALL(4); break; \
+        case 5: if (RB >= 5) CALL(5); break; \
+        case 6: if (RB >= 6) CALL(6); break; \
     }
-#if RB >= 6
-#define DOT_CASES(HALF)                                                                           \
-    case 3: dot_block(out, 3, HALF, x, xs, w, n, prefetch); break;                                \
-    case 4: dot_block(out, 4, HALF, x, xs, w, n, prefetch); break;                                \
-    case 5: dot_block(out, 5, HALF, x, xs, w, n, prefetch); break;                                \
-    case 6: dot_block(out, 6, HALF, x, xs, w, n, prefetch); break;
-#elif RB >= 5
-#define DOT_CASES(HALF)                                                                           \
-    case 3: dot_block(out, 3, HALF, x, xs, w, n, prefetch); break;                                \
-    case 4: dot_block(out, 4, HALF, x, xs, w, n, prefetch); break;                                \
-    case 5: dot_block(out, 5, HALF, x, xs, w, n, prefetch); break;
-#else
-#define DOT_CASES(HALF)
-#endif
-DEFINE_DOT(dot_bf16, true)
-DEFINE_DOT(dot_fp32, false)
+
+#define DEFINE_DOT(NAME)                                                             \
+    static void NAME(v4f *out, int rows, const float *x, int64_t xs, const char *w,        \
+                     int64_t ws, int64_t n, int64_t ahead, int phase, int period) {        \
+        DISPATCH_ROWS(rows, NAME##_call)                                                   \
+    }
+#define dot_bf16_call(R) dot_block(out, R, true, x, xs, w, ws, n, ahead, phase, period)
+#define dot_fp32_call(R) dot_block(out, R, false, x, xs, w, ws, n, ahead, phase, period)
+DEFINE_DOT(dot_bf16)
+DEFINE_DOT(dot_fp32)
 
 /* ---- linear --------------------------------------------------------------------------------- */
 
@@ -301,27 +308,25 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
     for (int64_t r = 0; r < rows; r++)
         pack_row(x + r * xs, a->x + (row0 + r) * a->ldx * size, half, a->in);
 
-    const int64_t tiles = ceil_div(rows, RB);
+    /* All row tiles pass over one chunk of weights; each pass prefetches its share of the next. */
+    const int64_t tiles = ceil_div(rows, RB), row_bytes = a->in * size;
     for (int64_t chunk = begin; chunk < end; chunk += W_CHUNK) {
         const int64_t chunk_end = min64(end, chunk + W_CHUNK);
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-            for (int64_t o = chunk; o < chunk_end; o += OB) {
-                const char *w[OB];
-                for (int i = 0; i < OB; i++) w[i] = a->w + min64(o + i, end - 1) * a->in * size;
-                const int64_t ahead = OB * a->in * size;
+            for (int64_t o = chunk, n; o < chunk_end; o += n) {
+                n = chunk_end - o < OB ? 1 : OB; /* the last outputs go one by one: stride 0 */
                 v4f sums[RB];
-                (half ? dot_bf16 : dot_fp32)(sums, (int)(r1 - r0), x + r0 * xs, xs, w, a->in,
-                                             t == 0 ? ahead : 0);
-                const int64_t n = min64(OB, end - o);
+                (half ? dot_bf16 : dot_fp32)(sums, (int)(r1 - r0), x + r0 * xs, xs,
+                                             a->w + o * row_bytes, n == OB ? row_bytes : 0, a->in,
+                                             W_CHUNK * row_bytes, (int)t, (int)tiles);
+                v4f bias = {0};
+                if (a->bias) bias = load4(a->bias + o * size, half, n);
                 for (int64_t r = r0; r < r1; r++) {
                     char *y = a->y + ((row0 + r) * a->ldy + o) * size;
-                    for (int64_t i = 0; i < n; i++) {
-                        float v = sums[r - r0][i];
-                        if (a->bias) v += load_scalar(a->bias, half, o + i);
-                        if (a->accumulate) v += load_scalar(y, half, i);
-                        store_scalar(y, half, i, v);
-                    }
+                    v4f v = sums[r - r0] + bias;
+                    if (a->accumulate) v += load4(y, half, n);
+                    store4(y, half, n, v);
                 }
             }
         }
