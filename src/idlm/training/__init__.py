@@ -1,0 +1,1 @@
+"""Conversion of a base model: synthesis of on-policy text, data, objective and trainer."""

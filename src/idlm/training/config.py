@@ -1,0 +1,156 @@
+"""Settings of a conversion: one dataclass, a YAML file and overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from idlm.errors import InvalidRequestError, ResourceError
+from idlm.model.adapter import FUSED_MODULES
+from idlm.model.files import replacing
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Everything that decides how an adapter is trained (the lossless kind).
+
+    Attributes:
+        rank: rank of the LoRA.
+        alpha: the LoRA's update is scaled by ``alpha / rank``.
+        projections: fused projections that carry a LoRA (keys of `FUSED_MODULES`).
+        head_width: inner width of the sampler head.
+        block_size: masks per block, ``m``: the longest stride served well is ``m + 1``.
+        batch: packed rows per optimiser step.
+        length: tokens per packed row.
+        anchors: mask blocks per packed row.
+        accumulate: passes that a step's rows are split into (more need less memory).
+        steps: optimiser steps; None: until ``minutes`` are over.
+        minutes: training time, compilation left out; None: ``steps`` decides alone.
+        lr: peak learning rate of LoRA and mask embedding (cosine to zero).
+        head_lr: peak learning rate of the sampler head.
+        warmup: share of the run in which the learning rate rises.
+        weight_decay: AdamW's.
+        clip: largest norm of the gradient.
+        ema: decay of the weights' moving average, which is what is saved; 0: off.
+        tv_weight: weight of the total-variation term beside the KL divergence.
+        place_decay: weight of place ``j`` of a block is ``place_decay ** (j - 1)``.
+        survival: weigh a place by the chance that the places before it are accepted.
+        marginal_weight: weight of the loss on the logits without the sampler head, which pick
+            the candidates that the head rescores.
+        log_every: steps between log lines.
+        eval_every: steps between evaluations on the held-out documents.
+        eval_rows: packed rows in one evaluation.
+        save_every: steps between checkpoints.
+        seed: of data order, anchors and initial weights.
+    """
+
+    rank: int = 24
+    alpha: float = 48.0
+    projections: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
+    head_width: int = 1024
+    block_size: int = 7
+    batch: int = 32
+    length: int = 1024
+    anchors: int = 256
+    accumulate: int = 1
+    steps: int | None = None
+    minutes: float | None = None
+    lr: float = 1e-3
+    head_lr: float = 1e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    ema: float = 0.0
+    tv_weight: float = 0.0
+    place_decay: float = 1.0
+    survival: bool = False
+    marginal_weight: float = 0.1
+    log_every: int = 20
+    eval_every: int = 500
+    eval_rows: int = 64
+    save_every: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # YAML has lists only.
+        object.__setattr__(self, "projections", tuple(self.projections))
+        positive = (
+            *("rank", "alpha", "head_width", "batch", "length", "anchors", "accumulate"),
+            *("clip", "log_every", "eval_every", "eval_rows", "save_every", "place_decay"),
+        )
+        for name in positive:
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _require(1 <= self.block_size <= 15, "block_size", self.block_size, "from 1 to 15")
+        for name in ("lr", "head_lr", "weight_decay", "tv_weight", "marginal_weight"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("warmup", "ema"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        unknown = set(self.projections) - FUSED_MODULES.keys()
+        _require(not unknown, "projections", self.projections, f"out of {list(FUSED_MODULES)}")
+        _require(self.batch % self.accumulate == 0, "batch", self.batch, "a multiple of accumulate")
+        if self.steps is None and self.minutes is None:
+            raise InvalidRequestError(
+                "The length of the training is not set; give --steps, --minutes or both."
+            )
+        for name in ("steps", "minutes"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "above 0")
+
+    @classmethod
+    def read(cls, path: Path | None, overrides: Mapping[str, Any]) -> ConvertConfig:
+        """The settings in a YAML file (None: the defaults) with ``overrides`` on top.
+
+        Raises:
+            InvalidRequestError: unknown name, or a value out of range.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            values = _read_yaml(path)
+        values |= overrides
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise InvalidRequestError(
+                f"Unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}."
+            )
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InvalidRequestError(f"A setting has the wrong type: {error}.") from error
+
+    def with_(self, **changes: Any) -> ConvertConfig:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def save(self, path: Path) -> None:
+        """Write the settings as YAML that `read` accepts."""
+        values = asdict(self) | {"projections": list(self.projections)}
+        with replacing(path) as temporary:
+            temporary.write_text(_yaml().safe_dump(values, sort_keys=False))
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise InvalidRequestError(f"Setting {name} is {value!r}; it must be {expected}.")
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ResourceError(
+            "Conversion needs PyYAML; install the extra: pip install 'idlm[train]'."
+        ) from error
+    return yaml
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    yaml = _yaml()
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InvalidRequestError(f"Cannot read the settings in {path}: {error}.") from error
+    if not isinstance(values, dict):
+        raise InvalidRequestError(f"{path} must hold a mapping of settings, name: value.")
+    return values

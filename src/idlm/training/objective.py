@@ -1,0 +1,149 @@
+"""The lossless objective: mask blocks learn the clean rows' own next-token distributions.
+
+Geometry, as at decode time: with token ``b`` pending, a forward samples token ``b + 1``; mask
+``j`` stands at position ``b + j``, sees clean tokens up to ``b`` and masks ``1 .. j`` of its
+block, and proposes token ``b + j + 1``. Its teacher is the clean row ``b + j``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from idlm.model.adapter import Adapter, SamplerHead
+from idlm.model.decoder import Decoder
+from idlm.training.attention import BlockAttention, DocumentAttention
+from idlm.training.compilation import compile_layers, compiled
+from idlm.training.config import ConvertConfig
+from idlm.training.data import Batch
+from idlm.training.divergence import divergence
+
+# The loss without the sampler head is measured on every fourth anchor: an unbiased estimate at
+# a quarter of its price.
+MARGINAL_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One pass over a batch.
+
+    Attributes:
+        loss: weighted sum over valid places, to be divided by `Objective.weight` of the whole
+            step; differentiable.
+        overlap_BAM: acceptance at temperature 1 by place, fp32.
+        agree_BAM: acceptance at temperature 0 by place, fp32.
+        valid_BAM: places with a target, bool.
+    """
+
+    loss: torch.Tensor
+    overlap_BAM: torch.Tensor
+    agree_BAM: torch.Tensor
+    valid_BAM: torch.Tensor
+
+
+class Objective:
+    """Clean pass, mask pass, sampler head and loss of one batch.
+
+    The decoder's parameters are frozen. On CUDA its layers are compiled in place, once for all.
+    """
+
+    def __init__(self, decoder: Decoder, adapter: Adapter, config: ConvertConfig) -> None:
+        self.decoder, self.adapter, self.config = decoder, adapter, config
+        self.dtype = decoder.embed.weight.dtype
+        decoder.requires_grad_(False)
+        if decoder.embed.weight.is_cuda:
+            compile_layers(decoder)
+
+    def weight(self, batch: Batch) -> torch.Tensor:
+        """Sum of the places' weights, by which the summed loss is to be divided; fp32 scalar."""
+        return (self._valid(batch) * self._decay(batch.tokens_BT.device)).sum()
+
+    def __call__(self, batch: Batch) -> Outcome:
+        c = self.config
+        hidden_BTH, documents = self._clean(batch)
+        h_NMH = self._masks(batch, documents).unflatten(1, (-1, c.block_size)).flatten(0, 1)
+        # Row b + j of the clean pass teaches mask j, and token b + j is what its head is told.
+        index_BAM = batch.anchors_BA[..., None] + torch.arange(
+            1, c.block_size + 1, device=batch.anchors_BA.device
+        )
+        index_BP = index_BAM.clamp_(max=batch.tokens_BT.shape[1] - 1).flatten(1)
+        rows_B1 = torch.arange(index_BP.shape[0], device=index_BP.device)[:, None]
+        teacher_PH = hidden_BTH[rows_B1, index_BP].flatten(0, 1)
+        tokens_NMH = self.decoder.embed(batch.tokens_BT.gather(1, index_BP)).view(h_NMH.shape)
+        states_NMH = unroll(self.adapter.head, h_NMH, tokens_NMH)
+
+        weight_VH = self.decoder.output_weight
+        chain = divergence((h_NMH + states_NMH).flatten(0, 1), teacher_PH, weight_VH, c.tv_weight)
+        shape = (*batch.anchors_BA.shape, c.block_size)
+        valid_BAM = self._valid(batch)
+        weights_BAM = valid_BAM * self._decay(valid_BAM.device)
+        if c.survival:
+            weights_BAM = weights_BAM * _survival(chain.overlap_N.view(shape))
+        loss = (chain.loss_N.view(shape) * weights_BAM).sum()
+        if c.marginal_weight and torch.is_grad_enabled():
+            every = (slice(None), slice(None, None, MARGINAL_STRIDE))
+            marginal = divergence(
+                h_NMH.unflatten(0, shape[:2])[every].flatten(0, 2),
+                teacher_PH.unflatten(0, shape)[every].flatten(0, 2),
+                weight_VH,
+                c.tv_weight,
+            )
+            scale = c.marginal_weight * MARGINAL_STRIDE
+            loss = loss + scale * (marginal.loss_N * weights_BAM[every].flatten()).sum()
+        return Outcome(loss, chain.overlap_N.view(shape), chain.agree_N.view(shape), valid_BAM)
+
+    @torch.no_grad()
+    def _clean(self, batch: Batch) -> tuple[torch.Tensor, DocumentAttention]:
+        attention = DocumentAttention(batch.documents_BT, self.dtype)
+        return self.decoder(batch.tokens_BT, batch.positions_BT, attention), attention
+
+    def _masks(self, batch: Batch, documents: DocumentAttention) -> torch.Tensor:
+        """Hidden states of all mask rows, ``[B, A * M, H]``, block after block."""
+        m = self.config.block_size
+        starts_BA = batch.documents_BT.gather(1, batch.anchors_BA)
+        attention = BlockAttention(documents, batch.anchors_BA, starts_BA, m)
+        places_M = torch.arange(1, m + 1, device=starts_BA.device)
+        positions_BAM = batch.positions_BT.gather(1, batch.anchors_BA)[..., None] + places_M
+        positions_BR = positions_BAM.flatten(1)
+        return self.decoder(
+            batch.tokens_BT[:, :0],
+            positions_BR,
+            attention,
+            num_masks=positions_BR.shape[1],
+            adapter=self.adapter,
+        )
+
+    def _valid(self, batch: Batch) -> torch.Tensor:
+        places_M = torch.arange(self.config.block_size, device=batch.places_BA.device)
+        return places_M < batch.places_BA[..., None]
+
+    def _decay(self, device: torch.device) -> torch.Tensor:
+        places_M = torch.arange(self.config.block_size, device=device, dtype=torch.float32)
+        return self.config.place_decay**places_M
+
+
+def unroll(head: SamplerHead, hidden_NMH: torch.Tensor, tokens_NMH: torch.Tensor) -> torch.Tensor:
+    """States ``s_1 .. s_M`` of the sampler head, fed the true tokens: ``[N, M, H]``.
+
+    Args:
+        tokens_NMH: embeddings; place ``j`` gets that of the token one place before its target.
+    """
+    run = compiled(_unroll) if hidden_NMH.is_cuda else _unroll
+    return run(head, hidden_NMH, tokens_NMH)
+
+
+def _unroll(head: SamplerHead, hidden_NMH: torch.Tensor, tokens_NMH: torch.Tensor) -> torch.Tensor:
+    projected_NMW = head.project(hidden_NMH)
+    state_NH = torch.zeros_like(hidden_NMH[:, 0])
+    states = []
+    for place in range(hidden_NMH.shape[1]):
+        state_NH = head.step(projected_NMW[:, place], tokens_NMH[:, place], state_NH)
+        states.append(state_NH)
+    return torch.stack(states, dim=1)
+
+
+def _survival(overlap_BAM: torch.Tensor) -> torch.Tensor:
+    """Chance that all earlier places are accepted (no gradient); 1 at the first place."""
+    earlier_BAM = torch.cat((torch.ones_like(overlap_BAM[..., :1]), overlap_BAM[..., :-1]), -1)
+    return earlier_BAM.cumprod(-1)
