@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from idlm.errors import CheckpointError, UnsupportedModelError
@@ -95,9 +96,7 @@ def load_decoder(folder: Path, *, device: torch.device | str, dtype: torch.dtype
     places = dict(_places(config))
     files = _weight_files(folder)
     _check(folder, files, places)
-    with torch.device("meta"), _WithoutInitialisation():
-        decoder = Decoder(config)
-    decoder = decoder.to(dtype).requires_grad_(False).to_empty(device=device).eval()
+    decoder = _empty_decoder(config, torch.device(device), dtype)
     parameters = dict(decoder.named_parameters())
     for path, names in files.items():
         with safe_open(path, framework="pt") as tensors:
@@ -108,8 +107,20 @@ def load_decoder(folder: Path, *, device: torch.device | str, dtype: torch.dtype
     return decoder
 
 
+def _empty_decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """A decoder with memory for its parameters, not yet filled."""
+    with torch.device("meta"), _WithoutInitialisation():
+        decoder = Decoder(config)
+    # Not `to_empty`: on meta tensors it imports the compiler, which takes seconds.
+    for module in decoder.modules():
+        for name, meta in module.named_parameters(recurse=False):
+            memory = torch.empty(meta.shape, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(memory, requires_grad=False))
+    return decoder.eval()
+
+
 class _WithoutInitialisation(TorchFunctionMode):
-    """Skips `torch.nn.init`, which on the meta device imports the compiler: seconds for nothing."""
+    """Skips `torch.nn.init`, which on meta tensors imports the compiler too."""
 
     def __torch_function__(
         self,

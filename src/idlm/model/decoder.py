@@ -31,7 +31,7 @@ def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
 class Linear(nn.Linear):
     """Linear layer with an optional low-rank update of the last ``M`` (mask) rows."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x_BRI: torch.Tensor, lora: LoraLinear | None = None, num_masks: int = 0
     ) -> torch.Tensor:
         y_BRO = linear(x_BRI, self.weight, self.bias)
@@ -71,9 +71,7 @@ class Layer(nn.Module):
         self.head_dim = config.head_dim
         H, D, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
         self.attn_norm = RMSNorm(H, eps)
-        self.qkv = Linear(
-            H, (config.num_heads + 2 * config.num_kv_heads) * D, bias=config.qkv_bias
-        )
+        self.qkv = Linear(H, (config.num_heads + 2 * config.num_kv_heads) * D, bias=config.qkv_bias)
         self.q_norm = RMSNorm(D, eps) if config.qk_norm else None
         self.k_norm = RMSNorm(D, eps) if config.qk_norm else None
         self.o = Linear(config.num_heads * D, H, bias=config.output_bias)
@@ -186,7 +184,7 @@ class Decoder(nn.Module):
         if num_masks == 0:
             return x_BCH
         if adapter is not None:
-            mask_H = adapter.mask_embedding
+            mask_H: torch.Tensor = adapter.mask_embedding
         else:
             assert self.config.mask_token_id is not None, "mask rows need an adapter or a mask id"
             mask_H = self.embed.weight[self.config.mask_token_id]

@@ -56,5 +56,6 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> ResourceError:
-    return ResourceError(f"Cannot write {path}: {error.strerror or error}; free space or choose "
-                         "another folder.")
+    return ResourceError(
+        f"Cannot write {path}: {error.strerror or error}; free space or choose another folder."
+    )

@@ -100,7 +100,7 @@ def write_model(path: Path, folder: Path) -> None:
 
 
 def _value(field: ReaderField) -> Any:
-    """A metadata value; the decimal that an fp32 number was made from (1e-5, not 9.9999997e-6)."""
+    """A metadata value; of fp32, the shortest decimal that stands for it (1e-5, not 9.999e-6)."""
     value = field.contents()
     return (
         float(str(np.float32(value)))
@@ -284,12 +284,14 @@ def _converted_bytes(tensor: ReaderTensor) -> int:
 def _write_weights(
     shards: list[dict[str, ReaderTensor]], config: dict[str, Any], folder: Path
 ) -> None:
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from rich.console import Console
+    from rich.progress import Progress
 
+    console = Console(stderr=True)
     weight_map: dict[str, str] = {}
-    total = sum(_converted_bytes(tensor) for shard in shards for tensor in shard.values())
-    # disable=None: quiet where stderr is no terminal.
-    with tqdm(total=total, desc="Converting", unit="B", unit_scale=True, disable=None) as progress:
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        total = sum(_converted_bytes(tensor) for shard in shards for tensor in shard.values())
+        task = progress.add_task("Converting the model", total=total)
         for number, shard in enumerate(shards, start=1):
             file = "model.safetensors"
             if len(shards) > 1:
@@ -297,7 +299,7 @@ def _write_weights(
             converted = {}
             for name, tensor in shard.items():
                 converted[name] = _dequantised(name, tensor, config)
-                progress.update(_converted_bytes(tensor))
+                progress.advance(task, _converted_bytes(tensor))
             save_file(converted, folder / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(converted, file)
     if len(shards) > 1:
