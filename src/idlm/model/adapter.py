@@ -40,13 +40,13 @@ FORMAT_VERSION = 1
 
 def module_shapes(config: ModelConfig, fused: str) -> tuple[int, tuple[int, ...]]:
     """Input width of a fused projection and the output width of each module in it."""
-    H, I, D = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_heads * D, config.num_kv_heads * D
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
-        "qkv": (H, (q, kv, kv)),
-        "o": (q, (H,)),
-        "gate_up": (H, (I, I)),
-        "down": (I, (H,)),
+        "qkv": (hidden, (q, kv, kv)),
+        "o": (q, (hidden,)),
+        "gate_up": (hidden, (inner, inner)),
+        "down": (inner, (hidden,)),
     }[fused]
 
 

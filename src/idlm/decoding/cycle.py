@@ -1,0 +1,219 @@
+"""One cycle of Introspective Strided Decoding: one forward pass that verifies and proposes.
+
+rows    pending  d_1 ... d_M  [mask blocks]
+verify  the rows of pending .. d_M give p for d_1 .. d_M and for the token after them
+commit  the accepted drafts and one more token; their keys are where they belong already
+propose the mask block that follows the committed tokens gives the next drafts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from idlm.decoding.layout import Layout, row_tables
+from idlm.decoding.propose import propose
+from idlm.decoding.sampling import Sampling
+from idlm.decoding.verify import Drafts, Verdict, verify
+from idlm.model.adapter import Adapter
+from idlm.model.attention import CachedAttention
+from idlm.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Method:
+    """A converted model and how it is decoded.
+
+    Attributes:
+        adapter: None for a bare base model (layout `ar`) or a fully converted model.
+        rule: `rejection` or `coupled` (`idlm.decoding.verify`).
+    """
+
+    decoder: Decoder
+    adapter: Adapter | None
+    layout: Layout
+    rule: str
+
+
+@dataclass
+class State:
+    """What ``B`` requests carry from one forward to the next.
+
+    Attributes:
+        pending_B: last committed token; its key and value are not cached yet. int64.
+        length_B: tokens in the cache, which is the position of pending. int64.
+        drafts: proposals for the positions after pending.
+    """
+
+    pending_B: torch.Tensor
+    length_B: torch.Tensor
+    drafts: Drafts
+
+    @classmethod
+    def cat(cls, states: Sequence[State]) -> State:
+        """The requests of all ``states``, in order."""
+        return cls(
+            torch.cat([s.pending_B for s in states]),
+            torch.cat([s.length_B for s in states]),
+            Drafts.cat([s.drafts for s in states]),
+        )
+
+    def select(self, rows: torch.Tensor) -> State:
+        """The requests at ``rows`` (int64)."""
+        return State(self.pending_B[rows], self.length_B[rows], self.drafts.select(rows))
+
+
+@dataclass
+class Outcome:
+    """What one forward brought.
+
+    Attributes:
+        tokens_BN: committed tokens, the first ``accepted_B + 1`` of each row, int64.
+        drafted_B: drafts that were tested, int64.
+        verdict: accepted drafts and the token after them.
+        logits_BNV: the base model's raw logits behind ``tokens_BN``.
+        state: for the next forward.
+    """
+
+    tokens_BN: torch.Tensor
+    drafted_B: torch.Tensor
+    verdict: Verdict
+    logits_BNV: torch.Tensor
+    state: State
+
+
+def decode(
+    method: Method,
+    k_LBKSD: torch.Tensor,
+    v_LBKSD: torch.Tensor,
+    state: State,
+    sampling: Sampling,
+) -> Outcome:
+    """Run one cycle for ``B`` requests; the caches need room for ``layout.num_rows`` more."""
+    layout, drafts = method.layout, state.drafts
+    tables = row_tables(layout, state.pending_B.device)
+    positions_BR = state.length_B[:, None] + tables.offsets_NR[drafts.count_B]
+    attention = CachedAttention(
+        k_LBKSD,
+        v_LBKSD,
+        state.length_B,
+        positions_BR,
+        tables.visible_NRR[drafts.count_B],
+        method.decoder.config.sliding_window,
+    )
+    hidden_BRH = method.decoder(
+        torch.cat((state.pending_B[:, None], drafts.tokens_BM), dim=1),
+        positions_BR,
+        attention,
+        num_masks=layout.num_masks,
+        adapter=method.adapter,
+    )
+    return _conclude(
+        method,
+        hidden_BRH[:, : layout.stride],
+        hidden_BRH[:, layout.stride :],
+        tables.block_after_NN[drafts.count_B],
+        state,
+        sampling,
+    )
+
+
+def prefill(
+    method: Method,
+    k_LBKSD: torch.Tensor,
+    v_LBKSD: torch.Tensor,
+    prompt_BP: torch.Tensor,
+    sampling: Sampling,
+    *,
+    chunk: int = 512,
+) -> Outcome:
+    """Run prompts of equal length (int64) in chunks, the last one with a mask block.
+
+    The outcome is that of a cycle without drafts: the first token, and proposals after it.
+    """
+    B, P = prompt_BP.shape
+    start = 0
+    while P - start > chunk:
+        _causal(method, k_LBKSD, v_LBKSD, prompt_BP[:, start : start + chunk], start, 0)
+        start += chunk
+    masks = method.layout.block_size
+    hidden_BRH = _causal(method, k_LBKSD, v_LBKSD, prompt_BP[:, start:], start, masks)
+    last = P - start
+    length_B = torch.full((B,), P - 1, device=prompt_BP.device)
+    state = State(prompt_BP[:, -1], length_B, Drafts.none(B, prompt_BP.device))
+    block_after_B1 = torch.full_like(length_B, 0 if masks else -1)[:, None]
+    return _conclude(
+        method,
+        hidden_BRH[:, last - 1 : last],
+        hidden_BRH[:, last:],
+        block_after_B1,
+        state,
+        sampling,
+    )
+
+
+def _causal(
+    method: Method,
+    k_LBKSD: torch.Tensor,
+    v_LBKSD: torch.Tensor,
+    tokens_BC: torch.Tensor,
+    start: int,
+    num_masks: int,
+) -> torch.Tensor:
+    """Hidden states of tokens (and masks) that stand at ``start`` and see all before them."""
+    B, C = tokens_BC.shape
+    rows, device = C + num_masks, tokens_BC.device
+    positions_BR = torch.arange(start, start + rows, device=device).repeat(B, 1)
+    visible_BRR = torch.ones(rows, rows, dtype=torch.bool, device=device).tril().repeat(B, 1, 1)
+    attention = CachedAttention(
+        k_LBKSD,
+        v_LBKSD,
+        torch.full((B,), start, device=device),
+        positions_BR,
+        visible_BRR,
+        method.decoder.config.sliding_window,
+    )
+    hidden_BRH: torch.Tensor = method.decoder(
+        tokens_BC, positions_BR, attention, num_masks=num_masks, adapter=method.adapter
+    )
+    return hidden_BRH
+
+
+def _conclude(
+    method: Method,
+    clean_BNH: torch.Tensor,
+    masks_BXH: torch.Tensor,
+    block_after_BN: torch.Tensor,
+    state: State,
+    sampling: Sampling,
+) -> Outcome:
+    """Verify, commit and propose, given the final hidden states of a forward."""
+    drafts = state.drafts
+    logits_BNV = method.decoder.logits(clean_BNH)
+    first_B = state.length_B + 1
+    verdict = verify(method.rule, logits_BNV, drafts, first_B, sampling)
+    tokens_BN = torch.cat((drafts.tokens_BM, verdict.next_B[:, None]), dim=1)
+    tokens_BN.scatter_(1, verdict.accepted_B[:, None], verdict.next_B[:, None])
+    sampling.commit(tokens_BN, verdict.accepted_B + 1)
+    length_B = first_B + verdict.accepted_B
+    M = method.layout.block_size
+    if M == 0:
+        proposals = Drafts.none(len(length_B), length_B.device)
+    else:
+        block_B = block_after_BN.gather(1, verdict.accepted_B[:, None]).squeeze(1)
+        batch_B = torch.arange(len(block_B), device=block_B.device)
+        block_BMH = masks_BXH.unflatten(1, (-1, M))[batch_B, block_B.clamp(min=0)]
+        proposals = propose(
+            method.decoder,
+            method.adapter,
+            block_BMH,
+            verdict.next_B,
+            length_B + 1,
+            sampling,
+            coupled=method.rule == "coupled",
+        )
+        proposals.count_B = torch.where(block_B >= 0, proposals.count_B, 0)
+    state = State(verdict.next_B, length_B, proposals)
+    return Outcome(tokens_BN, drafts.count_B, verdict, logits_BNV, state)

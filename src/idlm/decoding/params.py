@@ -1,0 +1,107 @@
+"""How one request wants its tokens chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from idlm.errors import InvalidRequestError
+
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling parameters of one request; names and meanings as in vLLM.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: keep the ``k`` likeliest tokens; 0: all.
+        top_p: keep the likeliest tokens that together reach this probability; 1: all.
+        min_p: drop tokens below this share of the likeliest token's probability; 0: none.
+        repetition_penalty: > 1 divides positive (multiplies negative) logits of tokens that
+            stand in the prompt or the output.
+        presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
+        frequency_penalty: the same, times the number of occurrences.
+        logit_bias: token id to a bias added to its logit, in [-100, 100].
+        seed: the same seed gives the same text; None: a new one each time.
+        stop: strings that end the text; they are not part of it.
+        stop_token_ids: token ids that end the text, besides the model's own end tokens.
+        ignore_eos: go on past the model's own end tokens.
+        max_tokens: tokens to generate at most; None: up to the end of the context.
+        logprobs: return the log-probabilities of the chosen token and of this many likeliest
+            ones, under the model's own distribution (before any of the above); None: none.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        self._number("temperature", 0, math.inf)
+        self._integer("top_k", -1, math.inf)
+        self._number("top_p", 0, 1, open_below=True)
+        self._number("min_p", 0, 1)
+        self._number("repetition_penalty", 0, math.inf, open_below=True)
+        self._number("presence_penalty", -2, 2)
+        self._number("frequency_penalty", -2, 2)
+        if self.seed is not None:
+            self._integer("seed", -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            self._integer("max_tokens", 1, math.inf)
+        if self.logprobs is not None:
+            self._integer("logprobs", 0, 100)
+        for token, bias in (self.logit_bias or {}).items():
+            if isinstance(token, bool) or not isinstance(token, int) or not -100 <= bias <= 100:
+                raise InvalidRequestError(
+                    f"logit_bias maps token ids to numbers in [-100, 100], not {token!r}: {bias!r}."
+                )
+        if any(not isinstance(s, str) or not s for s in self.stop_strings):
+            raise InvalidRequestError("stop takes one or more non-empty strings.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the logits of later ones."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def _integer(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InvalidRequestError(
+                f"{name} must be a whole number {_span(low, high)}, not {value!r}."
+            )
+
+    def _number(self, name: str, low: float, high: float, *, open_below: bool = False) -> None:
+        value: Any = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not low <= value <= high:
+            raise InvalidRequestError(f"{name} must be a number {_span(low, high)}, not {value!r}.")
+        if open_below and value == low:
+            raise InvalidRequestError(f"{name} must be above {low}, not {value!r}.")
+
+
+def _span(low: float, high: float) -> str:
+    return f"of at least {low}" if high == math.inf else f"between {low} and {high}"

@@ -1,0 +1,68 @@
+"""The next drafts, from the hidden states of a mask block."""
+
+from __future__ import annotations
+
+import torch
+
+from idlm.decoding.random import Stream, exponential
+from idlm.decoding.sampling import Sampling, distribution, sample
+from idlm.decoding.verify import Drafts
+from idlm.model.adapter import Adapter
+from idlm.model.decoder import Decoder
+
+CANDIDATES = 256
+
+
+def propose(
+    decoder: Decoder,
+    adapter: Adapter | None,
+    hidden_BMH: torch.Tensor,
+    first_B: torch.Tensor,
+    position_B: torch.Tensor,
+    sampling: Sampling,
+    *,
+    coupled: bool,
+    candidates: int = CANDIDATES,
+) -> Drafts:
+    """Sample the drafts of ``M`` places one after the other.
+
+    Place ``j`` is drawn from the model's output layer on ``h_j + s_j`` (`SamplerHead`; ``h_j``
+    alone without a head), over the ``candidates`` likeliest tokens of ``h_j`` alone, so that the
+    head rescores a few tokens instead of the whole vocabulary. ``q`` is that restricted
+    distribution, so verification stays exact.
+
+    Args:
+        hidden_BMH: final hidden states of the mask block.
+        first_B: the token that this forward sampled, which stands before the first draft.
+        position_B: position of the first draft.
+        coupled: draw with the noise that verification will use (the coupled rule).
+    """
+    logits_BMV = decoder.logits(hidden_BMH)
+    top = logits_BMV.topk(min(candidates, logits_BMV.shape[-1]), dim=-1)
+    stream = Stream.TOKEN if coupled else Stream.DRAFT
+    head = None if adapter is None else adapter.head
+    if head is not None:
+        projected_BMW = head.project(hidden_BMH)
+        state_BH = torch.zeros_like(hidden_BMH[:, 0])
+    previous_B = first_B
+    tokens: list[torch.Tensor] = []
+    probs: list[torch.Tensor] = []
+    for j in range(hidden_BMH.shape[1]):
+        ids_B1K, logits_B1K = top.indices[:, j : j + 1], top.values[:, j : j + 1]
+        if head is not None:
+            token_BH = decoder.embed(previous_B)
+            state_BH = head.step(projected_BMW[:, j], token_BH, state_BH)
+            rows_BKH = decoder.output_weight[ids_B1K[:, 0]]
+            logits_B1K = torch.einsum("bkh,bh->bk", rows_BKH, hidden_BMH[:, j] + state_BH)[:, None]
+        drafts_B1E = (
+            torch.stack(tokens, dim=1)[:, None] if tokens else first_B[:, None, None][..., :0]
+        )
+        q_B1K = distribution(logits_B1K, sampling, drafts_B1E, ids_B1K)
+        place_B1 = (position_B + j)[:, None]
+        noise_BK = exponential(sampling.seed_B[:, None], place_B1, stream, ids_B1K[:, 0])
+        choice_B1 = sample(q_B1K[:, 0], noise_BK)[:, None]
+        previous_B = ids_B1K[:, 0].gather(1, choice_B1).squeeze(1)
+        tokens.append(previous_B)
+        probs.append(q_B1K[:, 0])
+    count_B = torch.full_like(first_B, len(tokens))
+    return Drafts(torch.stack(tokens, dim=1), top.indices, torch.stack(probs, dim=1), count_B)

@@ -1,0 +1,222 @@
+"""From logits to the distribution that a request asked for, and a sample from it.
+
+`distribution` is the one function that serves drafting, verification and correction: what is
+drafted from ``q`` is tested against ``p`` made in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from idlm.decoding.params import SamplingParams
+
+
+@dataclass
+class Sampling:
+    """Sampling parameters of ``B`` requests as tensors; what no request uses is None.
+
+    Attributes:
+        seed_B: int64.
+        greedy_B: bool; greedy requests get a one-hot distribution.
+        temperature_B: fp32, 1 for greedy requests.
+        top_k_B: int64, the vocabulary size where off.
+        top_p_B, min_p_B: fp32.
+        repetition_B, presence_B, frequency_B: fp32.
+        prompt_BV: bool, tokens that stand in the prompt.
+        counts_BV: fp32, occurrences in the output so far.
+        bias_BV: fp32.
+    """
+
+    seed_B: torch.Tensor
+    greedy_B: torch.Tensor
+    all_greedy: bool
+    temperature_B: torch.Tensor
+    top_k_B: torch.Tensor | None = None
+    max_top_k: int | None = None
+    top_p_B: torch.Tensor | None = None
+    min_p_B: torch.Tensor | None = None
+    repetition_B: torch.Tensor | None = None
+    presence_B: torch.Tensor | None = None
+    frequency_B: torch.Tensor | None = None
+    prompt_BV: torch.Tensor | None = None
+    counts_BV: torch.Tensor | None = None
+    bias_BV: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        outputs: Sequence[Sequence[int]],
+        vocab_size: int,
+        device: torch.device,
+    ) -> Sampling:
+        """The batch of requests with these parameters, seeds, prompts and outputs so far."""
+
+        def floats(name: str) -> torch.Tensor:
+            return torch.tensor([getattr(p, name) for p in params], device=device).float()
+
+        greedy = [p.greedy for p in params]
+        sampling = cls(
+            seed_B=torch.tensor(seeds, device=device),
+            greedy_B=torch.tensor(greedy, device=device),
+            all_greedy=all(greedy),
+            temperature_B=torch.tensor(
+                [1.0 if p.greedy else p.temperature for p in params], device=device
+            ),
+        )
+        # A greedy request's distribution is the same with and without truncation.
+        sampled = [p for p in params if not p.greedy]
+        if any(p.top_k > 0 for p in sampled):
+            top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
+            sampling.top_k_B = torch.tensor(top_k, device=device)
+            sampling.max_top_k = max(top_k)
+        if any(p.top_p < 1 for p in sampled):
+            sampling.top_p_B = floats("top_p")
+        if any(p.min_p > 0 for p in sampled):
+            sampling.min_p_B = floats("min_p")
+        if any(p.penalised for p in params):
+            sampling.repetition_B = floats("repetition_penalty")
+            sampling.presence_B = floats("presence_penalty")
+            sampling.frequency_B = floats("frequency_penalty")
+            sampling.counts_BV = torch.stack([_count(ids, vocab_size) for ids in outputs]).to(
+                device
+            )
+            sampling.prompt_BV = (
+                torch.stack([_count(ids, vocab_size) for ids in prompts]).to(device) > 0
+            )
+        if any(p.logit_bias for p in params):
+            bias_BV = torch.zeros(len(params), vocab_size)
+            for row, p in enumerate(params):
+                for token, bias in (p.logit_bias or {}).items():
+                    bias_BV[row, token] = bias
+            sampling.bias_BV = bias_BV.to(device)
+        return sampling
+
+    def commit(self, tokens_BN: torch.Tensor, num_tokens_B: torch.Tensor) -> None:
+        """Count the first ``num_tokens_B`` of ``tokens_BN`` as output."""
+        if self.counts_BV is not None:
+            place_N = torch.arange(tokens_BN.shape[1], device=tokens_BN.device)
+            self.counts_BV.scatter_add_(1, tokens_BN, (place_N < num_tokens_B[:, None]).float())
+
+
+def _count(ids: Sequence[int], vocab_size: int) -> torch.Tensor:
+    return torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=vocab_size).float()
+
+
+def adjusted_logits(
+    logits_BRX: torch.Tensor,
+    sampling: Sampling,
+    drafts_BRE: torch.Tensor,
+    ids_BRX: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits after penalties and bias, fp32: all that can change their order.
+
+    Args:
+        logits_BRX: the model's logits, of the whole vocabulary or of the tokens ``ids_BRX``.
+        drafts_BRE: tokens that stand before the row beyond the committed output, int64; -1: none.
+    """
+    logits_BRX = logits_BRX.float()
+    if sampling.counts_BV is not None:
+        logits_BRX = _penalised(logits_BRX, sampling, drafts_BRE, ids_BRX)
+    if sampling.bias_BV is not None:
+        logits_BRX = logits_BRX + _select(sampling.bias_BV, ids_BRX)
+    return logits_BRX
+
+
+def distribution(
+    logits_BRX: torch.Tensor,
+    sampling: Sampling,
+    drafts_BRE: torch.Tensor,
+    ids_BRX: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Probabilities ``[B, R, X]``, fp32: penalties, bias, temperature, top-k, top-p, min-p.
+
+    Arguments as in `adjusted_logits`. Tokens that tie with the last one kept are kept too, so
+    that the result does not depend on the order of equal logits. A greedy request's distribution
+    is one-hot at the argmax.
+    """
+    logits_BRX = adjusted_logits(logits_BRX, sampling, drafts_BRE, ids_BRX)
+    probs_BRX = torch.softmax(logits_BRX / sampling.temperature_B[:, None, None], dim=-1)
+    probs_BRX = _truncated(probs_BRX, sampling)
+    if sampling.greedy_B.any():
+        one_hot_BRX = torch.zeros_like(probs_BRX).scatter_(
+            2, logits_BRX.argmax(dim=-1, keepdim=True), 1.0
+        )
+        probs_BRX = torch.where(sampling.greedy_B[:, None, None], one_hot_BRX, probs_BRX)
+    return probs_BRX
+
+
+def sample(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Index of a sample from ``probs[..., X]`` (need not sum to 1) by exponential ``noise``."""
+    return (probs / noise).argmax(dim=-1)
+
+
+def _select(values_BV: torch.Tensor, ids_BRX: torch.Tensor | None) -> torch.Tensor:
+    """``[B, R, X]``: the values at ``ids``, or ``[B, 1, V]`` for the whole vocabulary."""
+    if ids_BRX is None:
+        return values_BV[:, None]
+    return values_BV[:, None].expand(-1, ids_BRX.shape[1], -1).gather(2, ids_BRX)
+
+
+def _penalised(
+    logits_BRX: torch.Tensor,
+    sampling: Sampling,
+    drafts_BRE: torch.Tensor,
+    ids_BRX: torch.Tensor | None,
+) -> torch.Tensor:
+    assert sampling.counts_BV is not None and sampling.prompt_BV is not None
+    assert sampling.repetition_B is not None and sampling.presence_B is not None
+    assert sampling.frequency_B is not None
+    if ids_BRX is None:
+        counts_BRX = sampling.counts_BV[:, None].repeat(1, logits_BRX.shape[1], 1)
+        real_BRE = drafts_BRE >= 0
+        counts_BRX.scatter_add_(2, drafts_BRE.clamp(min=0), real_BRE.float())
+    else:
+        drafted_BRX = (drafts_BRE[:, :, None, :] == ids_BRX[..., None]).sum(-1)
+        counts_BRX = _select(sampling.counts_BV, ids_BRX) + drafted_BRX
+    present_BRX = counts_BRX > 0
+    seen_BRX = present_BRX | _select(sampling.prompt_BV, ids_BRX)
+    repetition_B11 = sampling.repetition_B[:, None, None]
+    scaled_BRX = torch.where(
+        logits_BRX > 0, logits_BRX / repetition_B11, logits_BRX * repetition_B11
+    )
+    logits_BRX = torch.where(seen_BRX, scaled_BRX, logits_BRX)
+    logits_BRX = logits_BRX - sampling.frequency_B[:, None, None] * counts_BRX
+    return logits_BRX - sampling.presence_B[:, None, None] * present_BRX
+
+
+def _truncated(probs_BRX: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Keep what reaches the highest of the thresholds of top-k, top-p and min-p; renormalise."""
+    thresholds = []
+    if sampling.min_p_B is not None:
+        thresholds.append(sampling.min_p_B[:, None, None] * probs_BRX.amax(-1, keepdim=True))
+    if sampling.top_k_B is not None or sampling.top_p_B is not None:
+        thresholds.append(_rank_threshold(probs_BRX, sampling))
+    if not thresholds:
+        return probs_BRX
+    for threshold_BR1 in thresholds:
+        probs_BRX = torch.where(probs_BRX >= threshold_BR1, probs_BRX, 0.0)
+    return probs_BRX / probs_BRX.sum(-1, keepdim=True)
+
+
+def _rank_threshold(probs_BRX: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The smallest probability that top-k and top-p (within the top k) keep, ``[B, R, 1]``."""
+    width = min(sampling.max_top_k or probs_BRX.shape[-1], probs_BRX.shape[-1])
+    sorted_BRW = probs_BRX.topk(width, dim=-1).values
+    last_BR1 = torch.full_like(sorted_BRW[..., :1], width - 1, dtype=torch.int64)
+    if sampling.top_k_B is not None:
+        last_BR1 = torch.minimum(last_BR1, sampling.top_k_B[:, None, None] - 1)
+        rank_W = torch.arange(width, device=probs_BRX.device)
+        sorted_BRW = torch.where(rank_W <= last_BR1, sorted_BRW, 0.0)
+    if sampling.top_p_B is not None:
+        share_BRW = sorted_BRW / sorted_BRW.sum(-1, keepdim=True)
+        before_BRW = share_BRW.cumsum(-1) - share_BRW
+        kept_BR1 = (before_BRW < sampling.top_p_B[:, None, None]).sum(-1, keepdim=True)
+        # Rounding may leave the sum just under top_p = 1: all are kept then.
+        last_BR1 = torch.minimum(last_BR1, (kept_BR1 - 1).clamp(min=0))
+    return sorted_BRW.gather(2, last_BR1)

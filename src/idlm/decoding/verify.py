@@ -1,0 +1,169 @@
+"""Which drafts stand, and the token after them: two rules, both exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from idlm.decoding.random import Stream, exponential, uniform
+from idlm.decoding.sampling import Sampling, adjusted_logits, distribution, sample
+from idlm.errors import InvalidRequestError
+
+RULES = ("rejection", "coupled")
+
+
+@dataclass
+class Drafts:
+    """Proposed tokens of ``B`` requests and the distribution each was sampled from.
+
+    Attributes:
+        tokens_BM: ``d_1 .. d_M``, int64.
+        ids_BMK: the candidates of each place, int64.
+        probs_BMK: ``q`` over the candidates, fp32; 0 elsewhere.
+        count_B: how many of the ``M`` places hold a draft: 0 or M, int64.
+    """
+
+    tokens_BM: torch.Tensor
+    ids_BMK: torch.Tensor
+    probs_BMK: torch.Tensor
+    count_B: torch.Tensor
+
+    @classmethod
+    def none(cls, batch: int, device: torch.device) -> Drafts:
+        """No places at all: the first forward of a request, and autoregression."""
+        empty_B0 = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+        return cls(
+            empty_B0,
+            empty_B0[..., None],
+            torch.zeros(batch, 0, 1, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+        )
+
+    @classmethod
+    def cat(cls, parts: Sequence[Drafts]) -> Drafts:
+        """The requests of all ``parts``, in order."""
+        return cls(
+            torch.cat([d.tokens_BM for d in parts]),
+            torch.cat([d.ids_BMK for d in parts]),
+            torch.cat([d.probs_BMK for d in parts]),
+            torch.cat([d.count_B for d in parts]),
+        )
+
+    def select(self, rows: torch.Tensor) -> Drafts:
+        """The requests at ``rows`` (int64)."""
+        return Drafts(
+            self.tokens_BM[rows], self.ids_BMK[rows], self.probs_BMK[rows], self.count_B[rows]
+        )
+
+
+@dataclass
+class Verdict:
+    """What a forward commits.
+
+    Attributes:
+        accepted_B: leading drafts that stand, int64.
+        next_B: the token after them, int64: a correction if a draft was rejected.
+        overlap_BM: ``sum_x min(p, q)`` of each place, fp32: the chance that a draft from ``q``
+            stands (introspective acceptance rate, arXiv 2604.11035); 0 or 1 when all is greedy.
+    """
+
+    accepted_B: torch.Tensor
+    next_B: torch.Tensor
+    overlap_BM: torch.Tensor
+
+
+def check_rule(rule: str) -> str:
+    """``rule`` if it is one of `RULES`.
+
+    Raises:
+        InvalidRequestError: it is not.
+    """
+    if rule not in RULES:
+        raise InvalidRequestError(f"verification must be one of {', '.join(RULES)}, not {rule!r}.")
+    return rule
+
+
+def verify(
+    rule: str,
+    logits_BNV: torch.Tensor,
+    drafts: Drafts,
+    position_B: torch.Tensor,
+    sampling: Sampling,
+) -> Verdict:
+    """Test the drafts against the model's own distributions.
+
+    Args:
+        logits_BNV: rows of pending and ``d_1 .. d_{N-1}``; row ``i`` predicts ``d_{i+1}``.
+        position_B: position of the first draft, int64: what its random draws are keyed by.
+    """
+    before_BNM = _drafts_before(drafts.tokens_BM)
+    if sampling.all_greedy:
+        targets_BN = adjusted_logits(logits_BNV, sampling, before_BNM).argmax(dim=-1)
+        matches_BM = targets_BN[:, :-1] == drafts.tokens_BM
+        return _matched(targets_BN, drafts, matches_BM.float())
+    p_BNV = distribution(logits_BNV, sampling, before_BNM)
+    overlap_BM = torch.minimum(p_BNV[:, :-1].gather(2, drafts.ids_BMK), drafts.probs_BMK).sum(-1)
+    if rule == "coupled":
+        targets_BN = sample(p_BNV, _noise(p_BNV, position_B, sampling))
+        return _matched(targets_BN, drafts, overlap_BM)
+    return _rejection(p_BNV, drafts, position_B, sampling, overlap_BM)
+
+
+def _matched(targets_BN: torch.Tensor, drafts: Drafts, overlap_BM: torch.Tensor) -> Verdict:
+    """Coupled rule: a draft stands iff it is the very token that the model would have chosen."""
+    accepted_B = _leading(targets_BN[:, :-1] == drafts.tokens_BM, drafts.count_B)
+    next_B = targets_BN.gather(1, accepted_B[:, None]).squeeze(1)
+    return Verdict(accepted_B, next_B, overlap_BM)
+
+
+def _rejection(
+    p_BNV: torch.Tensor,
+    drafts: Drafts,
+    position_B: torch.Tensor,
+    sampling: Sampling,
+    overlap_BM: torch.Tensor,
+) -> Verdict:
+    """Rejection rule: accept with probability min(1, p/q), else sample from max(p - q, 0).
+
+    Speculative sampling, arXiv 2211.17192, theorem 1.
+    """
+    place_M = torch.arange(drafts.tokens_BM.shape[1], device=p_BNV.device)
+    u_BM = uniform(sampling.seed_B[:, None], position_B[:, None] + place_M, Stream.ACCEPT)
+    p_draft_BM = p_BNV[:, :-1].gather(2, drafts.tokens_BM[..., None]).squeeze(2)
+    sampled_BMK = drafts.ids_BMK == drafts.tokens_BM[..., None]
+    q_draft_BM = (drafts.probs_BMK * sampled_BMK).sum(-1)
+    accepted_B = _leading(u_BM * q_draft_BM < p_draft_BM, drafts.count_B)
+    batch_B = torch.arange(len(accepted_B), device=p_BNV.device)
+    target_BV = p_BNV[batch_B, accepted_B]
+    rejected_B = accepted_B < drafts.count_B
+    if drafts.tokens_BM.shape[1] > 0:
+        at_B = accepted_B.clamp(max=drafts.tokens_BM.shape[1] - 1)
+        q_BK = drafts.probs_BMK[batch_B, at_B] * rejected_B[:, None]
+        residual_BV = target_BV.scatter_add(1, drafts.ids_BMK[batch_B, at_B], -q_BK).clamp(min=0)
+        # p = q up to rounding: nothing is left over, and a rejection had no chance to begin with.
+        empty_B1 = residual_BV.sum(-1, keepdim=True) <= 0
+        target_BV = torch.where(empty_B1, target_BV, residual_BV)
+    noise_BV = _noise(target_BV[:, None], position_B + accepted_B, sampling)[:, 0]
+    return Verdict(accepted_B, sample(target_BV, noise_BV), overlap_BM)
+
+
+def _noise(probs_BRV: torch.Tensor, position_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    _, R, V = probs_BRV.shape
+    token_V = torch.arange(V, device=probs_BRV.device)
+    position_BR1 = (position_B[:, None] + torch.arange(R, device=probs_BRV.device))[..., None]
+    return exponential(sampling.seed_B[:, None, None], position_BR1, Stream.TOKEN, token_V)
+
+
+def _leading(stands_BM: torch.Tensor, count_B: torch.Tensor) -> torch.Tensor:
+    """Number of leading places, of the first ``count``, that stand."""
+    place_M = torch.arange(stands_BM.shape[1], device=count_B.device)
+    return (stands_BM & (place_M < count_B[:, None])).long().cumprod(dim=1).sum(dim=1)
+
+
+def _drafts_before(tokens_BM: torch.Tensor) -> torch.Tensor:
+    """``[B, M + 1, M]``: row ``i`` holds ``d_1 .. d_i`` and -1 in the other places."""
+    M = tokens_BM.shape[1]
+    before_NM = torch.ones(M + 1, M, dtype=torch.bool, device=tokens_BM.device).tril(-1)
+    return torch.where(before_NM, tokens_BM[:, None], -1)

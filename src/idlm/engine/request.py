@@ -1,0 +1,157 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+
+from idlm.decoding.metrics import DecodeStats
+from idlm.decoding.params import SamplingParams
+from idlm.model.tokenizer import Detokenizer, Tokenizer
+
+
+class Phase(enum.Enum):
+    """Where a request is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Source(enum.StrEnum):
+    """How a token came to be: sampled after all drafts stood, an accepted draft, or a
+    correction in place of a rejected one."""
+
+    SAMPLED = "sampled"
+    DRAFT = "draft"
+    CORRECTION = "correction"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended: an end token or stop string, or the limit on tokens or context."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Log-probability of a token under the base model, its rank (1: likeliest) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass
+class Request:
+    """A prompt, its parameters and all that has come of it so far.
+
+    ``text`` is complete UTF-8 without stop strings; what may still become part of one is held
+    back until it is decided.
+    """
+
+    id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    max_tokens: int
+    stop_token_ids: frozenset[int]
+    detokenizer: Detokenizer
+    phase: Phase = Phase.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    started: float = 0.0
+    _held: str = ""
+
+    @classmethod
+    def create(
+        cls,
+        id: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        seed: int,
+        tokenizer: Tokenizer,
+        eos_token_ids: frozenset[int],
+        context: int,
+    ) -> Request:
+        """A waiting request; ``context`` is the longest prompt and output together."""
+        room = context - len(prompt_token_ids)
+        own_stops = frozenset(params.stop_token_ids or ())
+        return cls(
+            id=id,
+            prompt_token_ids=prompt_token_ids,
+            params=params,
+            seed=seed,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            stop_token_ids=own_stops if params.ignore_eos else own_stops | eos_token_ids,
+            detokenizer=Detokenizer(tokenizer),
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether no more tokens will come."""
+        return self.phase is Phase.FINISHED
+
+    def append(self, token: int, source: Source, logprobs: dict[int, Logprob] | None) -> None:
+        """Take one committed token; the request may be finished by it."""
+        self.token_ids.append(token)
+        self.sources.append(source)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+        if token in self.stop_token_ids:
+            self._end(FinishReason.STOP)
+            return
+        self._held += self.detokenizer.push(token)
+        if self._release():
+            self._finish(FinishReason.STOP)
+        elif len(self.token_ids) >= self.max_tokens:
+            self._end(FinishReason.LENGTH)
+
+    def abort(self) -> None:
+        """End the request where it stands."""
+        self._end(FinishReason.ABORT)
+
+    def _end(self, reason: FinishReason) -> None:
+        """Finish with all text that is still held."""
+        self._held += self.detokenizer.flush()
+        if self._release():
+            reason = FinishReason.STOP
+        self.text += self._held
+        self._finish(reason)
+
+    def _release(self) -> bool:
+        """Move text that no stop string can claim any more from held to ``text``.
+
+        Returns whether a stop string is complete; the text then ends before it.
+        """
+        stops = self.params.stop_strings
+        found = [at for stop in stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.text += self._held[: min(found)]
+            self._held = ""
+            return True
+        release = len(self._held) - max((_overlap(self._held, stop) for stop in stops), default=0)
+        self.text += self._held[:release]
+        self._held = self._held[release:]
+        return False
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.phase = Phase.FINISHED
+        self.finish_reason = reason
+        self.stats.tokens = len(self.token_ids)
+        self.stats.seconds = time.perf_counter() - self.started
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0

@@ -1,0 +1,333 @@
+"""The offline API: prompts in, texts out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from idlm.decoding.cycle import Method
+from idlm.decoding.layout import Layout
+from idlm.decoding.metrics import DecodeStats
+from idlm.decoding.params import SamplingParams
+from idlm.decoding.verify import check_rule
+from idlm.engine.engine import Engine
+from idlm.engine.request import FinishReason, Logprob, Request, Source
+from idlm.errors import InvalidRequestError
+from idlm.model import checkpoint, cpu_kernels
+from idlm.model.adapter import Adapter
+from idlm.model.config import ModelConfig
+from idlm.model.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+Message = dict[str, str]
+
+DEFAULT_ADAPTER = "smollm2-135m-instruct"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The result of one prompt.
+
+    Attributes:
+        finish_reason: ``stop`` (end token or stop string) or ``length``.
+        logprobs: per token a dict of token id to `Logprob`; None if not asked for.
+        sources: per token how it came to be: sampled, draft or correction.
+    """
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[dict[int, Logprob]] | None
+    sources: list[Source]
+    stats: DecodeStats
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text and tokens of a stream; ``output`` is set on the last one."""
+
+    text: str
+    token_ids: list[int]
+    sources: list[Source]
+    output: RequestOutput | None = None
+
+
+class LLM:
+    """A model and how it is decoded.
+
+    Args:
+        model: folder in Hugging Face form, GGUF file or hub id; None: SmolLM2-135M-Instruct.
+        adapter: folder or hub id of an adapter; None: ours for the default model, else none;
+            "none": the bare base model, decoded autoregressively.
+        stride: tokens that one forward may commit, 1 to 16.
+        layout: ``quadratic``, ``linear`` or ``ar`` (see `idlm.decoding.layout`).
+        verification: ``rejection`` or ``coupled`` (see `idlm.decoding.verify`).
+        device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1`` ...
+        dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+        max_batch: requests that run at once; more wait.
+    Raises:
+        IdlmError: an argument or file is not usable; the message says which and what to do.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        adapter: str | Path | None = None,
+        *,
+        stride: int = 4,
+        layout: str = "quadratic",
+        verification: str = "rejection",
+        device: str = "auto",
+        dtype: str = "auto",
+        max_batch: int = 32,
+    ) -> None:
+        rows = Layout.named(layout, stride)
+        check_rule(verification)
+        self.device = _device(device)
+        self.dtype = _dtype(dtype, self.device)
+        folder = checkpoint.resolve(model)
+        config = checkpoint.load_config(folder)
+        adapter_folder = _adapter_folder(model, adapter)
+        loaded = (
+            None
+            if adapter_folder is None
+            else Adapter.load(adapter_folder, config, device=self.device, dtype=self.dtype)
+        )
+        if loaded is None and config.mask_token_id is None and rows.num_masks > 0:
+            if adapter is None:
+                logger.warning(
+                    "%s has no adapter: decoding one token per forward. Give adapter=..., or "
+                    "convert the model with `idlm convert`.",
+                    model,
+                )
+            rows = Layout.named("ar", 1)
+        decoder = checkpoint.load_decoder(folder, device=self.device, dtype=self.dtype)
+        self.tokenizer = Tokenizer.load(folder)
+        self._max_batch = max_batch
+        self._method = Method(decoder, loaded, rows, verification)
+        self._engine = self._new_engine()
+
+    @property
+    def config(self) -> ModelConfig:
+        """Architecture of the base model."""
+        return self._method.decoder.config
+
+    @property
+    def layout(self) -> Layout:
+        """The rows of one forward."""
+        return self._method.layout
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What conversion added, None for a bare or fully converted model."""
+        return self._method.adapter
+
+    def autoregressive(self) -> LLM:
+        """The bare base model over the same weights, one token per forward."""
+        return self._with(None, Layout.named("ar", 1))
+
+    def with_layout(self, layout: str, stride: int) -> LLM:
+        """The same model over the same weights in another layout."""
+        return self._with(self._method.adapter, Layout.named(layout, stride))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continue one or many prompts, each a string or a list of token ids.
+
+        Args:
+            sampling_params: one for all prompts, or one each; None: `SamplingParams()`.
+        Returns:
+            One output per prompt, in their order.
+        Raises:
+            InvalidRequestError: before any work is done.
+        """
+        many = _as_prompts(prompts)
+        texts = [p if isinstance(p, str) else None for p in many]
+        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in many]
+        return self._run(texts, ids, sampling_params)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or a list of them; see `generate`.
+
+        Raises:
+            InvalidRequestError: also if the model has no chat template.
+        """
+        many = _as_conversations(messages)
+        ids = [self.tokenizer.apply_chat_template(m) for m in many]
+        return self._run([None] * len(ids), ids, sampling_params)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """Continue one prompt, as an iterator of what is new after each forward."""
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._stream(text, ids, sampling_params)
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """Answer one conversation; see `stream`."""
+        return self._stream(
+            None, self.tokenizer.apply_chat_template(list(messages)), sampling_params
+        )
+
+    def _with(self, adapter: Adapter | None, layout: Layout) -> LLM:
+        other = object.__new__(LLM)
+        other.__dict__.update(self.__dict__)
+        if adapter is None and self.config.mask_token_id is None and layout.num_masks > 0:
+            raise InvalidRequestError("This model has no adapter; only layout 'ar' can be decoded.")
+        other._method = Method(self._method.decoder, adapter, layout, self._method.rule)
+        other._engine = other._new_engine()
+        return other
+
+    def _new_engine(self) -> Engine:
+        return Engine(
+            self._method,
+            self.tokenizer,
+            device=self.device,
+            dtype=self.dtype,
+            max_batch=self._max_batch,
+        )
+
+    def _run(
+        self,
+        texts: Sequence[str | None],
+        ids: Sequence[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        params = _each(sampling_params, len(ids))
+        for prompt, p in zip(ids, params, strict=True):
+            self._engine.check(prompt, p)
+        requests = [self._engine.add(prompt, p) for prompt, p in zip(ids, params, strict=True)]
+        try:
+            while not all(r.finished for r in requests):
+                self._engine.step()
+        finally:
+            for request in requests:
+                self._engine.abort(request)
+        return [_output(text, r) for text, r in zip(texts, requests, strict=True)]
+
+    def _stream(
+        self, text: str | None, ids: list[int], sampling_params: SamplingParams | None
+    ) -> Iterator[Delta]:
+        request = self._engine.add(ids, sampling_params or SamplingParams())
+        return self._deltas(text, request)
+
+    def _deltas(self, prompt: str | None, request: Request) -> Iterator[Delta]:
+        tokens = characters = 0
+        try:
+            while not request.finished:
+                if request not in self._engine.step():
+                    continue
+                yield Delta(
+                    request.text[characters:],
+                    request.token_ids[tokens:],
+                    request.sources[tokens:],
+                    _output(prompt, request) if request.finished else None,
+                )
+                tokens, characters = len(request.token_ids), len(request.text)
+        finally:
+            self._engine.abort(request)
+
+
+def _output(prompt: str | None, request: Request) -> RequestOutput:
+    assert request.finish_reason is not None
+    return RequestOutput(
+        prompt=prompt,
+        prompt_token_ids=request.prompt_token_ids,
+        text=request.text,
+        token_ids=request.token_ids,
+        finish_reason=request.finish_reason,
+        logprobs=None if request.params.logprobs is None else request.logprobs,
+        sources=request.sources,
+        stats=request.stats,
+    )
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    if many and all(isinstance(p, int) for p in many):
+        return [many]  # type: ignore[list-item]
+    if not all(isinstance(p, (str, list, tuple)) for p in many):
+        raise InvalidRequestError(
+            "prompts must be a string, a list of token ids, or a list of either."
+        )
+    return many  # type: ignore[return-value]
+
+
+def _as_conversations(
+    messages: Sequence[Message] | Sequence[Sequence[Message]],
+) -> list[list[Message]]:
+    many = list(messages)
+    if many and all(isinstance(m, dict) for m in many):
+        return [many]  # type: ignore[list-item]
+    return [list(m) for m in many]  # type: ignore[arg-type]
+
+
+def _each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None:
+        return [SamplingParams()] * count
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InvalidRequestError(
+            f"{len(params)} sampling_params for {count} prompts; give one, or one each."
+        )
+    return list(params)
+
+
+def _adapter_folder(model: str | Path | None, adapter: str | Path | None) -> Path | None:
+    if adapter == "none":
+        return None
+    if adapter is not None:
+        return checkpoint.resolve(adapter)
+    if model is not None:
+        return None
+    return Path(str(files("idlm") / "adapters" / DEFAULT_ADAPTER))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidRequestError(
+            f"device must be auto, cpu, cuda or cuda:N, not {name!r}."
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequestError(
+            f"There is no device {name!r}: {torch.cuda.device_count()} CUDA devices found; use cpu."
+        )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        fast = device.type == "cuda" or cpu_kernels.available()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in DTYPES:
+        raise InvalidRequestError(f"dtype must be auto, {', '.join(DTYPES)}, not {name!r}.")
+    return DTYPES[name]
