@@ -1,4 +1,4 @@
-"""Folder of converted models: built once, whole or not at all, whoever asks first."""
+"""The cache folder; models in it are built once, whole or not at all, whoever asks first."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from idlm.errors import ResourceError
 CONVERSION_VERSION = 1
 
 
+def cache_folder() -> Path:
+    """``$IDLM_CACHE``, by default ``~/.cache/idlm``; need not exist yet."""
+    folder = os.environ.get("IDLM_CACHE")
+    return Path(folder).expanduser() if folder else Path.home() / ".cache" / "idlm"
+
+
 def models_folder() -> Path:
-    """``$IDLM_CACHE/models``, by default ``~/.cache/idlm/models``; need not exist yet."""
-    root = os.environ.get("IDLM_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "idlm") / "models"
+    """Where converted models are kept; need not exist yet."""
+    return cache_folder() / "models"
 
 
 def folder_name(file_name: str, identity: str) -> str:
