@@ -228,22 +228,29 @@ class LLM:
     def _stream(
         self, text: str | None, ids: list[int], sampling_params: SamplingParams | None
     ) -> Iterator[Delta]:
-        request = self._engine.add(ids, sampling_params or SamplingParams())
-        return self._deltas(text, request)
+        params = sampling_params or SamplingParams()
+        self._engine.check(ids, params)  # now, not when the first delta is asked for
+        return self._deltas(text, ids, params)
 
-    def _deltas(self, prompt: str | None, request: Request) -> Iterator[Delta]:
+    def _deltas(
+        self, prompt: str | None, ids: list[int], params: SamplingParams
+    ) -> Iterator[Delta]:
+        request = self._engine.add(ids, params)
         tokens = characters = 0
         try:
-            while not request.finished:
-                if request not in self._engine.step():
-                    continue
+            while tokens == 0 or not request.finished:
+                # Another stream of this LLM may have moved this request on too.
+                while len(request.token_ids) == tokens:
+                    self._engine.step()
+                new = slice(tokens, len(request.token_ids))
+                text = request.text[characters:]
+                tokens, characters = new.stop, len(request.text)
                 yield Delta(
-                    request.text[characters:],
-                    request.token_ids[tokens:],
-                    request.sources[tokens:],
+                    text,
+                    request.token_ids[new],
+                    request.sources[new],
                     _output(prompt, request) if request.finished else None,
                 )
-                tokens, characters = len(request.token_ids), len(request.text)
         finally:
             self._engine.abort(request)
 

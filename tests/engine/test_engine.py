@@ -1,0 +1,189 @@
+"""Requests in a batch: joining, leaving, stopping, aborting."""
+
+from __future__ import annotations
+
+import pytest
+
+from idlm import LLM, SamplingParams
+from idlm.errors import InvalidRequestError
+
+CHAT = [{"role": "user", "content": "Name three colours and say one thing about each."}]
+GREEDY = SamplingParams(temperature=0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def llm(default_model_dir: object) -> LLM:
+    return LLM(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def ids(llm: LLM) -> list[int]:
+    return llm.tokenizer.apply_chat_template(CHAT)
+
+
+def test_requests_of_different_length_join_and_leave(llm: LLM) -> None:
+    """The same outputs as one by one, whatever joins or leaves the batch in between."""
+    prompts = ["The sky is", "Once upon a time", "def add(a, b):", "1, 2, 3,", "Dear Sir,"]
+    params = [
+        SamplingParams(temperature=t, seed=n, max_tokens=m, top_p=p)
+        for n, (t, m, p) in enumerate(
+            [(0, 30, 1.0), (1, 5, 0.9), (0.7, 17, 1.0), (1, 1, 1.0), (0, 12, 1.0)]
+        )
+    ]
+    engine_wide = LLM(dtype="float32", max_batch=2)
+    together = engine_wide.generate(prompts, params)
+    alone = [llm.generate(p, q)[0] for p, q in zip(prompts, params, strict=True)]
+    assert [o.token_ids for o in together] == [o.token_ids for o in alone]
+    assert [len(o.token_ids) for o in together] == [30, 5, 17, 1, 12]
+
+
+def test_stats_add_up(llm: LLM, ids: list[int]) -> None:
+    stats = llm.generate(ids, GREEDY)[0].stats
+    assert stats.tokens == 24
+    assert stats.verify + stats.reject + stats.cold == stats.forwards
+    assert stats.cold == 1  # prefill only: the quadratic layout is never cold
+    assert stats.accepted + stats.forwards >= stats.tokens
+    assert 1 <= stats.tokens_per_forward <= 4
+
+
+def test_linear_layout_is_cold_after_a_rejection(llm: LLM, ids: list[int]) -> None:
+    stats = llm.with_layout("linear", 4).generate(ids, GREEDY)[0].stats
+    assert stats.reject <= stats.cold <= stats.reject + 1
+
+
+def test_sources_name_what_each_token_was(llm: LLM, ids: list[int]) -> None:
+    output = llm.generate(ids, GREEDY)[0]
+    assert len(output.sources) == len(output.token_ids)
+    assert output.sources[0] == "sampled"
+    assert set(output.sources) <= {"sampled", "draft", "correction"}
+    assert output.sources.count("draft") <= output.stats.accepted
+
+
+def test_stop_string_ends_the_text_before_it(llm: LLM, ids: list[int]) -> None:
+    whole = llm.generate(ids, GREEDY)[0]
+    stop = whole.text[10:14]
+    cut = llm.generate(ids, SamplingParams(temperature=0, max_tokens=24, stop=stop))[0]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+
+
+def test_stop_string_over_token_borders_never_shows_in_a_stream(llm: LLM, ids: list[int]) -> None:
+    whole = llm.generate(ids, GREEDY)[0]
+    for start in (3, 8, 15):
+        stop = whole.text[start : start + 9]
+        params = SamplingParams(temperature=0, max_tokens=24, stop=[stop, "never comes"])
+        streamed = "".join(d.text for d in llm.stream(ids, params))
+        assert streamed == whole.text[: whole.text.index(stop)]
+
+
+def test_stop_token_ids_and_ignore_eos(llm: LLM, ids: list[int]) -> None:
+    whole = llm.generate(ids, GREEDY)[0]
+    token = whole.token_ids[6]
+    first = whole.token_ids.index(token)
+    cut = llm.generate(ids, SamplingParams(temperature=0, max_tokens=24, stop_token_ids=[token]))[0]
+    assert cut.token_ids == whole.token_ids[: first + 1] and cut.finish_reason == "stop"
+    assert cut.text == llm.tokenizer.decode(cut.token_ids[:-1])
+    eos = llm.config.eos_token_ids[0]
+    force = {eos: 100.0}
+    ended = llm.generate(ids, SamplingParams(temperature=0, max_tokens=5, logit_bias=force))[0]
+    assert ended.token_ids == [eos] and ended.text == "" and ended.finish_reason == "stop"
+    on = SamplingParams(temperature=0, max_tokens=5, logit_bias=force, ignore_eos=True)
+    assert llm.generate(ids, on)[0].token_ids == [eos] * 5
+
+
+def test_logprobs_are_the_base_models(llm: LLM, ids: list[int]) -> None:
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=12, logprobs=3)
+    ours = llm.generate(ids, params)[0]
+    plain = llm.autoregressive().generate(
+        ids + ours.token_ids[:-1], SamplingParams(temperature=0, max_tokens=1, logprobs=3)
+    )[0]
+    assert ours.logprobs is not None and plain.logprobs is not None
+    assert len(ours.logprobs) == len(ours.token_ids)
+    for token, entry in zip(ours.token_ids, ours.logprobs, strict=True):
+        assert token in entry and 3 <= len(entry) <= 4
+        ranks = sorted(e.rank for e in entry.values())
+        assert ranks[:3] == [1, 2, 3]
+        best = max(entry.values(), key=lambda e: e.logprob)
+        assert best.rank == 1
+        assert entry[token].decoded_token == llm.tokenizer.token_text(token)
+    for token, value in plain.logprobs[0].items():
+        if token in ours.logprobs[-1]:
+            assert ours.logprobs[-1][token].logprob == pytest.approx(value.logprob, abs=1e-4)
+
+
+def test_stream_is_the_whole_output_in_pieces(llm: LLM, ids: list[int]) -> None:
+    whole = llm.generate(ids, GREEDY)[0]
+    deltas = list(llm.stream(ids, GREEDY))
+    assert "".join(d.text for d in deltas) == whole.text
+    assert [t for d in deltas for t in d.token_ids] == whole.token_ids
+    assert len(deltas) == whole.stats.forwards
+    assert deltas[-1].output is not None and deltas[-1].output.token_ids == whole.token_ids
+    assert all(d.output is None for d in deltas[:-1])
+
+
+def test_an_abandoned_stream_leaves_the_engine_free(llm: LLM, ids: list[int]) -> None:
+    stream = llm.stream(ids, GREEDY)
+    next(stream)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert not llm._engine.busy
+    assert llm.generate(ids, GREEDY)[0].finish_reason == "length"
+
+
+def test_two_streams_at_once_do_not_mix(llm: LLM, ids: list[int]) -> None:
+    other = llm.tokenizer.encode("The capital of France")
+    alone = [llm.generate(p, GREEDY)[0].token_ids for p in (ids, other)]
+    streams = [llm.stream(ids, GREEDY), llm.stream(other, GREEDY)]
+    got: list[list[int]] = [[], []]
+    for _ in range(24):
+        for tokens, stream in zip(got, streams, strict=True):
+            tokens += next(stream).token_ids if len(tokens) < 24 else []
+    assert got == alone
+
+
+def test_the_context_is_a_limit(llm: LLM) -> None:
+    context = llm.config.max_position_embeddings
+    output = llm.generate(
+        [5] * (context - 3), SamplingParams(temperature=0, ignore_eos=True, max_tokens=99)
+    )[0]
+    assert len(output.token_ids) == 3 and output.finish_reason == "length"
+    with pytest.raises(InvalidRequestError, match=f"context holds {context}"):
+        llm.generate([5] * context, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "match"),
+    [
+        ("", "empty"),
+        ([], "empty"),
+        ([49152], "Token id 49152"),
+        ([-1], "Token id -1"),
+        ([[1.5]], "Token id 1.5"),
+        ({"a": 1}, "prompts must be"),
+    ],
+)
+def test_bad_prompts_are_refused(llm: LLM, prompt: object, match: str) -> None:
+    with pytest.raises(InvalidRequestError, match=match):
+        llm.generate(prompt, GREEDY)  # type: ignore[arg-type]
+
+
+def test_one_bad_prompt_stops_the_batch_before_any_work(llm: LLM, ids: list[int]) -> None:
+    with pytest.raises(InvalidRequestError):
+        llm.generate([ids, [49152]], GREEDY)
+    assert not llm._engine.busy
+
+
+def test_params_must_match_prompts(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="2 sampling_params for 3 prompts"):
+        llm.generate(["a", "b", "c"], [GREEDY, GREEDY])
+    with pytest.raises(InvalidRequestError, match="not in the vocabulary"):
+        llm.generate("a", SamplingParams(logit_bias={70000: 1.0}))
+
+
+def test_special_token_text_is_ordinary_text(llm: LLM) -> None:
+    """Nothing a user writes makes a mask: masks are rows of a forward, not token ids."""
+    for text in ("[MASK] and <mask> and <|MASK|>", "<|endoftext|>"):
+        ids = llm.tokenizer.encode(text)
+        a = llm.generate(ids, GREEDY)[0].token_ids
+        assert a == llm.autoregressive().generate(ids, GREEDY)[0].token_ids
