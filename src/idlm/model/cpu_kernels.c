@@ -1,4 +1,4 @@
-/* CPU kernels of the decode hot path: linear layers.
+/* CPU kernels of the decode hot path: linear layers, attention and the small operators between.
  *
  * Every kernel is row-invariant: a row's result is bitwise the same whatever else is in the call,
  * because one (row, output) pair is always reduced by one vector accumulator, in index order, and
@@ -290,9 +290,10 @@ DEFINE_DOT(dot_fp32)
 typedef struct {
     const char *x, *w, *bias;
     char *y;
-    int64_t ldx, ldy, rows, in, out;
-    int64_t row_block, out_block, out_tasks;
-    bool half, accumulate;
+    /* Row r is row r % inner of batch r / inner; strides in elements. */
+    int64_t rows, inner, x_batch, x_row, y_batch, y_row;
+    int64_t in, out, row_block, out_block, out_tasks;
+    bool accumulate;
 } Linear;
 
 #define W_CHUNK 32 /* weight rows that stay in cache while all row tiles pass over them */
@@ -304,12 +305,16 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
     const int64_t begin = index % a->out_tasks * a->out_block;
     const int64_t end = min64(a->out, begin + a->out_block);
     const int64_t xs = ceil_div(a->in, GROUP) * GROUP + VL; /* + VL: rows in different cache sets */
-    float *x = scratch(rows * xs * sizeof(float));
-    for (int64_t r = 0; r < rows; r++)
-        pack_row(x + r * xs, a->x + (row0 + r) * a->ldx * size, half, a->in);
+    float *x = scratch(rows * (xs * sizeof(float) + sizeof(char *)));
+    char **y = (char **)(x + rows * xs);
+    for (int64_t r = 0; r < rows; r++) {
+        const int64_t b = (row0 + r) / a->inner, i = (row0 + r) % a->inner;
+        pack_row(x + r * xs, a->x + (b * a->x_batch + i * a->x_row) * size, half, a->in);
+        y[r] = a->y + (b * a->y_batch + i * a->y_row) * size;
+    }
 
     /* All row tiles pass over one chunk of weights; each pass prefetches its share of the next. */
-    const int64_t tiles = ceil_div(rows, RB), row_bytes = a->in * size;
+    const int64_t tiles = ceil_div(rows, RB), w_stride = a->in * size;
     for (int64_t chunk = begin; chunk < end; chunk += W_CHUNK) {
         const int64_t chunk_end = min64(end, chunk + W_CHUNK);
         for (int64_t t = 0; t < tiles; t++) {
@@ -318,15 +323,14 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
                 n = chunk_end - o < OB ? 1 : OB; /* the last outputs go one by one: stride 0 */
                 v4f sums[RB];
                 (half ? dot_bf16 : dot_fp32)(sums, (int)(r1 - r0), x + r0 * xs, xs,
-                                             a->w + o * row_bytes, n == OB ? row_bytes : 0, a->in,
-                                             W_CHUNK * row_bytes, (int)t, (int)tiles);
+                                             a->w + o * w_stride, n == OB ? w_stride : 0, a->in,
+                                             W_CHUNK * w_stride, (int)t, (int)tiles);
                 v4f bias = {0};
                 if (a->bias) bias = load4(a->bias + o * size, half, n);
                 for (int64_t r = r0; r < r1; r++) {
-                    char *y = a->y + ((row0 + r) * a->ldy + o) * size;
                     v4f v = sums[r - r0] + bias;
-                    if (a->accumulate) v += load4(y, half, n);
-                    store4(y, half, n, v);
+                    if (a->accumulate) v += load4(y[r] + o * size, half, n);
+                    store4(y[r] + o * size, half, n, v);
                 }
             }
         }
@@ -336,16 +340,273 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
 static void linear_task_bf16(const void *a, int64_t index) { linear_task(a, index, true); }
 static void linear_task_fp32(const void *a, int64_t index) { linear_task(a, index, false); }
 
-/* y[r, o] = sum_i x[r, i] * w[o, i] (+ bias[o]) (+ y[r, o] if accumulate); half: bf16, else fp32. */
-EXPORT void idlm_linear(int half, const void *x, int64_t ldx, const void *w, const void *bias,
-                        void *y, int64_t ldy, int64_t rows, int64_t in, int64_t out,
-                        int accumulate, int64_t threads) {
+/* y[r, o] = sum_i x[r, i] * w[o, i] (+ bias[o]) (+ y[r, o] if accumulate), rounded once. */
+EXPORT void idlm_linear(int half, const void *x, int64_t x_batch, int64_t x_row, const void *w,
+                        const void *bias, void *y, int64_t y_batch, int64_t y_row, int64_t rows,
+                        int64_t inner, int64_t in, int64_t out, int accumulate, int64_t threads) {
     const int64_t budget = 384 * 1024; /* bytes of packed rows: they stay in the L2 cache */
-    const int64_t row_bytes = (in + GROUP) * 4;
-    Linear a = {x, w, bias, y, ldx, ldy, rows, in, out, 0, 0, 0, half, accumulate};
-    a.row_block = min64(rows, max64(RB, budget / row_bytes / RB * RB));
-    const int64_t row_tasks = ceil_div(rows, a.row_block);
+    Linear a = {.x = x, .w = w, .bias = bias, .y = y, .rows = rows, .inner = inner,
+                .x_batch = x_batch, .x_row = x_row, .y_batch = y_batch, .y_row = y_row,
+                .in = in, .out = out, .accumulate = accumulate};
+    a.row_block = min64(rows, max64(RB, budget / ((in + GROUP) * 4) / RB * RB));
     a.out_block = max64(W_CHUNK, ceil_div(ceil_div(out, threads * 4), OB) * OB);
     a.out_tasks = ceil_div(out, a.out_block);
-    parallel_for(half ? linear_task_bf16 : linear_task_fp32, &a, row_tasks * a.out_tasks, threads);
+    parallel_for(half ? linear_task_bf16 : linear_task_fp32, &a,
+                 ceil_div(rows, a.row_block) * a.out_tasks, threads);
+}
+
+/* ---- attention ------------------------------------------------------------------------------ */
+
+/* e^x for x <= 0, within 2 ulp; 0 below the smallest normal result. */
+INLINE vf vexp(vf x) {
+    const vf magic = (vf){0} + 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    const vf shifted = vfma(x, (vf){0} + 1.44269504f, magic);
+    const vf n = shifted - magic;
+    vf r = vfma(n, (vf){0} - 0.693145752f, x);
+    r = vfma(n, (vf){0} - 1.42860677e-6f, r);
+    vf p = (vf){0} + 1.0f / 5040;
+    p = vfma(p, r, (vf){0} + 1.0f / 720);
+    p = vfma(p, r, (vf){0} + 1.0f / 120);
+    p = vfma(p, r, (vf){0} + 1.0f / 24);
+    p = vfma(p, r, (vf){0} + 1.0f / 6);
+    p = vfma(p, r, (vf){0} + 0.5f);
+    p = vfma(p, r, (vf){0} + 1.0f);
+    p = vfma(p, r, (vf){0} + 1.0f);
+    const vu result = (vu)p + ((vu)shifted << 23); /* times 2^n */
+    return (vf)(result & ~(vu)(x < -87.0f));
+}
+
+/* n <= VL elements at p as fp32 in order, zero-padded. */
+INLINE vf load_vector(const char *p, bool half, int64_t n) {
+    if (half) {
+        vh h = {0};
+        if (n >= VL)
+            memcpy(&h, p, sizeof h);
+        else
+            memcpy(&h, p, n * 2);
+        return (vf)(__builtin_convertvector(h, vu) << 16);
+    }
+    if (n >= VL) return vload(p);
+    vf v = {0};
+    memcpy(&v, p, n * 4);
+    return v;
+}
+
+/* Replace n scores by exp((score - max) * scale); returns the inverse of their sum. `s` has room
+ * up to a multiple of VL. */
+static float softmax(float *s, int64_t n, float scale) {
+    if (n == 0) return 0;
+    const int64_t padded = ceil_div(n, VL) * VL;
+    for (int64_t i = n; i < padded; i++) s[i] = -__builtin_inff();
+    vf m = vload(s);
+    for (int64_t i = VL; i < padded; i += VL) {
+        const vf v = vload(s + i);
+        const vu greater = (vu)(v > m);
+        m = (vf)(((vu)v & greater) | ((vu)m & ~greater));
+    }
+    float max = m[0];
+    for (int i = 1; i < VL; i++) max = m[i] > max ? m[i] : max;
+    vf sum = {0};
+    for (int64_t i = 0; i < padded; i += VL) {
+        const vf e = vexp((vload(s + i) - max) * scale);
+        memcpy(s + i, &e, sizeof e);
+        sum += e;
+    }
+    return 1.0f / reduce4(sum, sum, sum, sum)[0];
+}
+
+#define VB 4 /* value vectors of a register block */
+
+/* o[r, 0 : count * VL] += sum_j p[r][j] * v[j, :], in the order of j; n: elements of the last
+ * vector that exist. */
+INLINE void mix_block(const int rows, const int count, bool half, float *o, int64_t o_stride,
+                      const float *const *p, const char *v, int64_t v_stride, int64_t keys,
+                      int64_t n) {
+    const int64_t vector_bytes = VL * (half ? 2 : 4);
+    vf acc[RB][VB];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++) acc[r][i] = vload(o + r * o_stride + i * VL);
+    for (int64_t j = 0; j < keys; j++) {
+        vf vv[VB];
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++)
+            vv[i] = load_vector(v + j * v_stride + i * vector_bytes, half, count == 1 ? n : VL);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            const vf weight = (vf){0} + p[r][j];
+#pragma GCC unroll 8
+            for (int i = 0; i < count; i++) acc[r][i] = vfma(weight, vv[i], acc[r][i]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++)
+            memcpy(o + r * o_stride + i * VL, &acc[r][i], sizeof(vf));
+}
+
+INLINE void mix(int rows, bool half, int64_t head_dim, float *o, int64_t o_stride,
+                const float *const *p, const char *v, int64_t v_stride, int64_t keys) {
+    for (int64_t d = 0, step; d < head_dim; d += step) {
+        const int64_t left = head_dim - d;
+        step = left >= VB * VL ? VB * VL : VL;
+        const char *vd = v + d * (half ? 2 : 4);
+        if (step > VL) {
+#define MIX_WIDE(R) mix_block(R, VB, half, o + d, o_stride, p, vd, v_stride, keys, VL)
+            DISPATCH_ROWS(rows, MIX_WIDE)
+        } else {
+#define MIX_NARROW(R) mix_block(R, 1, half, o + d, o_stride, p, vd, v_stride, keys, left)
+            DISPATCH_ROWS(rows, MIX_NARROW)
+        }
+    }
+}
+
+static void mix_bf16(int rows, int64_t d, float *o, int64_t os, const float *const *p,
+                     const char *v, int64_t vs, int64_t keys) {
+    mix(rows, true, d, o, os, p, v, vs, keys);
+}
+
+static void mix_fp32(int rows, int64_t d, float *o, int64_t os, const float *const *p,
+                     const char *v, int64_t vs, int64_t keys) {
+    mix(rows, false, d, o, os, p, v, vs, keys);
+}
+
+typedef struct {
+    const char *q, *k, *v;
+    char *out;
+    /* Strides in elements; the last dimension is dense. */
+    int64_t q_batch, q_row, q_head, kv_batch, kv_head, kv_row;
+    const int64_t *start, *positions;
+    const uint8_t *visible;
+    int64_t rows, kv_heads, group, head_dim, cache_length, window, tile, tiles;
+    float scale;
+} Attention;
+
+/* seen[j], bit i: does row row[i] of request b see key j? Zero for OB keys after the last. */
+INLINE void mark_visible(const Attention *a, int64_t b, const int64_t *row, int rows,
+                         uint8_t *seen) {
+    const int64_t start = a->start[b], R = a->rows;
+    const int64_t *positions = a->positions + b * R;
+    memset(seen, 0, start + R + OB);
+    for (int i = 0; i < rows; i++) {
+        const uint8_t bit = (uint8_t)(1u << i), *visible = a->visible + (b * R + row[i]) * R;
+        const int64_t first = a->window ? max64(0, positions[row[i]] - a->window + 1) : 0;
+        for (int64_t j = first; j < start; j++) seen[j] |= bit;
+        for (int64_t c = 0; c < R; c++)
+            if (!a->window || positions[c] >= first) seen[start + c] |= visible[c] ? bit : 0;
+    }
+}
+
+/* One tile: up to RB of the rows * group query rows that share a KV head.
+ *
+ * A row's scores are stored without gaps, so that its sums run over the keys it sees, in order,
+ * and do not depend on what lies between them. */
+INLINE void attention_task(const Attention *a, int64_t index, bool half) {
+    const int64_t size = half ? 2 : 4, D = a->head_dim;
+    const int64_t b = index / a->tiles / a->kv_heads, head = index / a->tiles % a->kv_heads;
+    const int64_t m0 = index % a->tiles * a->tile;
+    const int rows = (int)min64(a->tile, a->rows * a->group - m0);
+    const int64_t keys = a->start[b] + a->rows;
+    const int64_t kv_offset = (b * a->kv_batch + head * a->kv_head) * size;
+    const char *k = a->k + kv_offset, *v = a->v + kv_offset;
+    const int64_t stride = a->kv_row * size;
+
+    const int64_t qs = ceil_div(D, GROUP) * GROUP, ss = ceil_div(keys + OB, VL) * VL + VL;
+    float *q = scratch(rows * (2 * qs + ss) * sizeof(float) + keys + OB);
+    float *o = q + rows * qs, *s = o + rows * qs;
+    uint8_t *seen = (uint8_t *)(s + rows * ss);
+    int64_t row[RB], count[RB] = {0};
+    for (int i = 0; i < rows; i++) {
+        row[i] = (m0 + i) / a->group;
+        const int64_t offset = b * a->q_batch + row[i] * a->q_row +
+                               (head * a->group + (m0 + i) % a->group) * a->q_head;
+        pack_row(q + i * qs, a->q + offset * size, half, D);
+    }
+    memset(o, 0, rows * qs * sizeof(float));
+    mark_visible(a, b, row, rows, seen);
+    const uint8_t all = (uint8_t)((1u << rows) - 1);
+
+    for (int64_t j = 0, n; j < keys; j += n) {
+        n = j + OB <= a->cache_length ? OB : 1; /* may read dead keys after the last one */
+        uint32_t any;
+        memcpy(&any, seen + j, sizeof any);
+        if (!any) continue;
+        v4f scores[RB];
+        (half ? dot_bf16 : dot_fp32)(scores, rows, q, qs, k + j * stride,
+                                     n == OB ? stride : 0, D, 2 * OB * stride, 0, 1);
+        if (n == OB && any == all * 0x01010101u) {
+            for (int i = 0; i < rows; i++) {
+                memcpy(s + i * ss + count[i], &scores[i], sizeof scores[i]);
+                count[i] += OB;
+            }
+            continue;
+        }
+        for (int64_t c = 0; c < n; c++)
+            for (int i = 0; i < rows; i++)
+                if (seen[j + c] >> i & 1) s[i * ss + count[i]++] = scores[i][c];
+    }
+
+    float scale[RB];
+    const float *p[RB];
+    for (int i = 0; i < rows; i++) {
+        scale[i] = softmax(s + i * ss, count[i], a->scale);
+        p[i] = s + i * ss;
+    }
+
+    /* A run of keys that all rows see is mixed as one; other keys row by row. */
+    for (int64_t j = 0, n; j < keys; j += n) {
+        const char *vj = v + j * stride;
+        for (n = 0; j + n < keys && seen[j + n] == all; n++) continue;
+        if (n) {
+            (half ? mix_bf16 : mix_fp32)(rows, D, o, qs, p, vj, stride, n);
+            for (int i = 0; i < rows; i++) p[i] += n;
+            continue;
+        }
+        n = 1;
+        for (int i = 0; i < rows; i++)
+            if (seen[j] >> i & 1) {
+                (half ? mix_bf16 : mix_fp32)(1, D, o + i * qs, qs, p + i, vj, stride, 1);
+                p[i]++;
+            }
+    }
+
+    const int64_t heads = a->kv_heads * a->group;
+    for (int i = 0; i < rows; i++) {
+        const int64_t h = head * a->group + (m0 + i) % a->group;
+        char *out = a->out + ((b * a->rows + row[i]) * heads + h) * D * size;
+        for (int64_t d = 0; d < D; d += 4) {
+            v4f x;
+            memcpy(&x, o + i * qs + d, sizeof x);
+            store4(out + d * size, half, min64(4, D - d), x * scale[i]);
+        }
+    }
+}
+
+static void attention_task_bf16(const void *a, int64_t index) { attention_task(a, index, true); }
+static void attention_task_fp32(const void *a, int64_t index) { attention_task(a, index, false); }
+
+/* Attention of in-flight rows over a KV cache; see cpu_kernels.py for the shapes. `out` is dense,
+ * window 0 means none. False, and nothing done, if the rows do not fit into the cache. */
+EXPORT bool idlm_attention(int half, const void *q, int64_t q_batch, int64_t q_row, int64_t q_head,
+                           const void *k, const void *v, int64_t kv_batch, int64_t kv_head,
+                           int64_t kv_row, void *out, const int64_t *start,
+                           const uint8_t *visible, const int64_t *positions, int64_t batch,
+                           int64_t rows, int64_t kv_heads, int64_t group, int64_t head_dim,
+                           int64_t cache_length, float scale, int64_t window, int64_t threads) {
+    Attention a = {.q = q, .k = k, .v = v, .out = out, .q_batch = q_batch, .q_row = q_row,
+                   .q_head = q_head, .kv_batch = kv_batch, .kv_head = kv_head, .kv_row = kv_row,
+                   .start = start, .positions = positions, .visible = visible, .rows = rows,
+                   .kv_heads = kv_heads, .group = group, .head_dim = head_dim,
+                   .cache_length = cache_length, .window = window, .scale = scale};
+    for (int64_t b = 0; b < batch; b++)
+        if (start[b] < 0 || start[b] + rows > cache_length) return false;
+    /* Few rows: smaller tiles, so that there is work for every thread. */
+    const int64_t all_rows = batch * kv_heads * rows * group;
+    a.tile = max64(1, min64(RB, ceil_div(all_rows, 4 * threads)));
+    a.tiles = ceil_div(rows * group, a.tile);
+    parallel_for(half ? attention_task_bf16 : attention_task_fp32, &a,
+                 batch * kv_heads * a.tiles, threads);
+    return true;
 }

@@ -1,20 +1,72 @@
-"""Placeholder until the CPU kernels land: their author replaces this whole file.
+"""Row-invariant CPU kernels, compiled from cpu_kernels.c on first use.
 
-Contract with the callers (model/decoder.py, model/attention.py, model/adapter.py):
-`usable(x)` is True when the compiled library is there, x is on the CPU, bf16 or fp32, and no
-gradient is being recorded (torch.is_grad_enabled() is False). It must be cheap and traceable by
-torch.compile on CUDA: test `x.device.type == "cpu"` first.
-`linear(x, weight, bias=None, out=None, accumulate=False)`, `attention(q_BRQD, k_BKSD, v_BKSD,
-start_B, visible_BRR, positions_BR, *, scale, window)`: see the calls.
+A row's result is bitwise the same whatever the number of rows in the call and wherever the row
+stands, and an in-flight key counts exactly as a cached one. So a forward pass over drafts and
+masks gives the clean rows bit for bit what one-token passes give them.
+
+The kernels only read data pointers: no autograd, no other dtype than bf16 and fp32, no device but
+the CPU. `usable` says whether a tensor qualifies; callers use torch where it does not.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
 import torch
+
+from idlm.errors import ResourceError
+from idlm.model.cache import models_folder
+
+_SOURCE = Path(__file__).with_name("cpu_kernels.c")
+# No contraction: only explicit FMAs, so that every specialisation of a kernel rounds alike.
+_FLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-shared",
+    "-fPIC",
+]
+_INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES = {
+    "idlm_init": [_POINTER],
+    "idlm_linear": [
+        *[_INT, _POINTER, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE],
+        *[_SIZE, _SIZE, _SIZE, _SIZE, _INT, _SIZE],
+    ],
+    "idlm_attention": [
+        *[_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE],
+        *[_POINTER, _POINTER, _POINTER, _POINTER, *[_SIZE] * 6, ctypes.c_float, _SIZE, _SIZE],
+    ],
+}
+_log = logging.getLogger(__name__)
 
 
 def usable(x: torch.Tensor) -> bool:
-    return False
+    """Whether the kernels take ``x``: on the CPU, bf16 or fp32, and no gradient is recorded."""
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and (x.dtype is torch.bfloat16 or x.dtype is torch.float32)
+        and available()
+    )
+
+
+def available() -> bool:
+    """Whether the compiled library is there; the first call builds it (a few seconds, once)."""
+    return _library() is not None
 
 
 def linear(
@@ -24,7 +76,62 @@ def linear(
     out: torch.Tensor | None = None,
     accumulate: bool = False,
 ) -> torch.Tensor:
-    raise NotImplementedError
+    """``x @ weight.T + bias``, summed in fp32 and rounded once.
+
+    Args:
+        x: ``[..., in]``, bf16 or fp32.
+        weight: ``[out, in]``, contiguous, of the same dtype; ``bias`` ``[out]`` too.
+        out: ``[..., out]``, dense in its last dimension, written in place; may be a slice of rows.
+        accumulate: add to what ``out`` holds (in fp32, before rounding).
+    Returns:
+        ``out``, or a new tensor.
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
+    """
+    width, features = x.shape[-1], weight.shape[0]
+    if out is None:
+        if accumulate:
+            raise ValueError("accumulate needs the tensor to add to: pass out.")
+        out = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
+    dims = x.dim()
+    if dims != 2 and dims != 3:
+        linear(x.reshape(-1, width), weight, bias, out.view(-1, features), accumulate)
+        return out
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if (
+        weight.shape[1] != width
+        or weight.dtype is not x.dtype
+        or not weight.is_contiguous()
+        or out.dtype is not x.dtype
+        or out.stride(-1) != 1
+        or out.shape[-1] != features
+        or out.shape[:-1] != x.shape[:-1]
+        or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (features,)))
+    ):
+        raise ValueError(
+            f"linear needs x [..., in], a contiguous weight [out, in], bias [out] and out "
+            f"[..., out] of one dtype; got {_describe(x, weight, bias, out)}."
+        )
+    inner = x.shape[-2]
+    _native().idlm_linear(
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        x.stride(0),
+        x.stride(-2),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        out.stride(-2),
+        inner if dims == 2 else inner * x.shape[0],
+        max(inner, 1),
+        width,
+        features,
+        accumulate,
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def attention(
@@ -38,4 +145,179 @@ def attention(
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    raise NotImplementedError
+    """Softmax attention of in-flight rows over a contiguous KV cache and over each other.
+
+    Args:
+        q_BRQD: queries, bf16 or fp32; Q query heads share K KV heads, K divides Q.
+        k_BKSD, v_BKSD: the cache, of the same dtype and equal strides. Index ``i < start_b`` holds
+            the token at position ``i``; index ``start_b + c`` holds in-flight row ``c``.
+        start_B: committed tokens, int64; every row sees them (within the window).
+        visible_BRR: bool; ``visible[b, r, c]``: row ``r`` sees in-flight row ``c``.
+        positions_BR: positions of the in-flight rows, int64.
+        scale: factor of the scores.
+        window: a row sees keys less than this many positions before it; None: all.
+    Returns:
+        ``[B, R, Q, D]``, contiguous; 0 for a row that sees no key.
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit, or rows do not fit into the cache.
+    """
+    B, R, Q, D = q_BRQD.shape
+    K, S = k_BKSD.shape[1:3]
+    if q_BRQD.stride(-1) != 1:
+        q_BRQD = q_BRQD.contiguous()
+    if (
+        k_BKSD.shape != (B, K, S, D)
+        or v_BKSD.shape != k_BKSD.shape
+        or v_BKSD.stride() != k_BKSD.stride()
+        or k_BKSD.stride(-1) != 1
+        or k_BKSD.dtype is not q_BRQD.dtype
+        or v_BKSD.dtype is not q_BRQD.dtype
+        or Q % K
+        or start_B.shape != (B,)
+        or visible_BRR.shape != (B, R, R)
+        or positions_BR.shape != (B, R)
+        or visible_BRR.dtype is not torch.bool
+        or start_B.dtype is not torch.int64
+        or positions_BR.dtype is not torch.int64
+    ):
+        raise ValueError(
+            "attention needs q [B, R, Q, D], k and v [B, K, S, D] of one dtype and layout, int64 "
+            "start [B] and positions [B, R], bool visible [B, R, R]; got "
+            f"{_describe(q_BRQD, k_BKSD, v_BKSD, start_B, visible_BRR, positions_BR)}."
+        )
+    start_B = start_B.contiguous()
+    visible_BRR = visible_BRR.contiguous()
+    positions_BR = positions_BR.contiguous()
+    out_BRQD = torch.empty((B, R, Q, D), dtype=q_BRQD.dtype)
+    fits = _native().idlm_attention(
+        q_BRQD.dtype is torch.bfloat16,
+        q_BRQD.data_ptr(),
+        *q_BRQD.stride()[:3],
+        k_BKSD.data_ptr(),
+        v_BKSD.data_ptr(),
+        *k_BKSD.stride()[:3],
+        out_BRQD.data_ptr(),
+        start_B.data_ptr(),
+        visible_BRR.data_ptr(),
+        positions_BR.data_ptr(),
+        B,
+        R,
+        K,
+        Q // K,
+        D,
+        S,
+        scale,
+        window or 0,
+        torch.get_num_threads(),
+    )
+    if not fits:
+        raise ValueError(f"{R} rows after {start_B.tolist()} tokens exceed the cache of {S}.")
+    return out_BRQD
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None (after one warning) where they cannot be had."""
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError, ResourceError) as error:
+        _log.warning(
+            "Fast CPU kernels are off, torch is used instead (slower, and bf16 results may depend "
+            "on the number of rows): %s. To switch them on, install a C compiler (for example gcc) "
+            "or name one in CC.",
+            error,
+        )
+        return None
+    for name, argtypes in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = argtypes
+        function.restype = ctypes.c_bool if name == "idlm_attention" else None
+    library.idlm_init(_torch_thread_pool())
+    return library
+
+
+@functools.cache
+def _native() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise ResourceError("The CPU kernels are not available; see the warning above.")
+    return library
+
+
+def _build() -> Path:
+    """Path of the shared library for this source, compiler and CPU; compiled if need be."""
+    compiler = _compiler()
+    version = _run([*compiler, "--version"])
+    key = "\0".join([_SOURCE.read_text("utf-8"), *compiler, version, *_FLAGS, _cpu()])
+    folder = models_folder().parent / "kernels"
+    target = folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two processes may both compile; either result is whole, and the same.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / target.name
+        _run([*compiler, *_FLAGS, "-o", str(built), str(_SOURCE)])
+        os.replace(built, target)
+    return target
+
+
+def _compiler() -> list[str]:
+    if command := shlex.split(os.environ.get("CC", "")):
+        return command
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise ResourceError("no C compiler (cc, gcc or clang) was found")
+
+
+def _run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+    if result.returncode:
+        raise ResourceError(f"{shlex.join(command)} failed: {result.stderr.strip()[-500:]}")
+    return result.stdout
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on: the CPU's name and features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _torch_thread_pool() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch runs.
+
+    A runtime of our own would keep a second pool of threads, spinning against torch's. LLVM's and
+    Intel's runtimes have the function too.
+    """
+    for path in _openmp_runtimes():
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, _POINTER).value
+        except (OSError, AttributeError):
+            continue
+    _log.warning("torch's OpenMP runtime was not found: the CPU kernels use one thread.")
+    return None
+
+
+def _openmp_runtimes() -> list[str]:
+    """Loaded OpenMP libraries, torch's own first."""
+    bundled = Path(torch.__file__).parent / "lib"
+    try:
+        maps = Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()
+        paths = {line.split(maxsplit=5)[-1] for line in maps if "omp" in line}
+    except OSError:
+        paths = {str(path) for path in bundled.iterdir()}
+    names = ("libgomp", "libiomp5", "libomp")
+    loaded = [path for path in sorted(paths) if Path(path).name.startswith(names)]
+    return sorted(loaded, key=lambda path: not path.startswith(str(bundled)))
+
+
+def _describe(*tensors: torch.Tensor | None) -> str:
+    return ", ".join(
+        "None" if t is None else f"{t.dtype} {tuple(t.shape)} with strides {t.stride()}"
+        for t in tensors
+    )
