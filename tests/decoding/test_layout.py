@@ -57,7 +57,7 @@ def test_the_block_used_starts_at_the_token_being_sampled(
     for accepted in range(drafts + 1):
         block = rows.block_after[accepted]
         if block < 0:
-            assert layout.name != "quadratic" and accepted < drafts or layout.name == "ar"
+            assert (layout.name != "quadratic" and accepted < drafts) or layout.name == "ar"
             continue
         first = layout.stride + block * layout.block_size
         assert rows.offsets[first] == accepted + 1
