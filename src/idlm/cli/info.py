@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     for part in (facts, facts.get("adapter") or {}):
         for name, value in part.items():
             if not isinstance(value, dict):
-                print(f"{name.replace('_', ' '):<18}{_readable(value)}")
+                print(f"{name.replace('_', ' '):<20}{_readable(value)}")
         if part is facts and facts.get("adapter"):
             print()
 
@@ -134,7 +134,9 @@ def _weights(folder: Path) -> dict[str, Any]:
 
 
 def _readable(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"

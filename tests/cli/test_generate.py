@@ -1,0 +1,155 @@
+"""`idlm generate` on the default model."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from idlm.cli.compare import first_difference
+from idlm.cli.main import main
+
+PROMPT = "Count from one to ten."
+
+
+class ColourTerminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def generate(*arguments: str) -> list[str]:
+    return ["generate", PROMPT, "--max-tokens", "16", *arguments]
+
+
+def printed_json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    result = json.loads(out)
+    assert isinstance(result, dict)
+    return result
+
+
+def test_text_then_one_line_of_figures(
+    adapter_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = generate("--adapter", str(adapter_folder))
+    result = printed_json(arguments, capsys)
+    assert main([*arguments, "--show"]) == 0
+    text, figures, rest = capsys.readouterr().out.rsplit("\n", 2)
+    assert text == result["text"]
+    assert "16 tokens, " in figures and "tokens/s" in figures and "of drafts accepted" in figures
+    assert rest == ""
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    result = printed_json(generate("--adapter", "none"), capsys)
+    assert set(result) == {"text", "token_ids", "finish_reason", "stats"}
+    assert len(result["token_ids"]) == result["stats"]["tokens"] == 16
+    assert result["finish_reason"] == "length"
+    assert result["stats"]["tokens_per_forward"] == 1
+
+
+def test_raw_continues_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    raw = ["generate", "The capital of France is", "--raw", "--adapter", "none"]
+    result = printed_json([*raw, "--max-tokens", "4"], capsys)
+    assert "Paris" in result["text"]
+    stopped = printed_json([*raw, "--max-tokens", "4", "--stop", "Paris"], capsys)
+    assert stopped["text"] + "Paris" == result["text"][: len(stopped["text"]) + 5]
+    assert stopped["finish_reason"] == "stop"
+
+
+def test_stdin_gives_the_same_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = printed_json(generate("--adapter", "none"), capsys)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{PROMPT}\n".encode())))
+    options = ["--max-tokens", "16", "--adapter", "none"]
+    assert printed_json(["generate", "-", *options], capsys)["text"] == expected["text"]
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "0.8", "--top-p", "0.9"]])
+def test_compare(
+    sampling: list[str], adapter_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = generate("--adapter", str(adapter_folder), "--compare", *sampling)
+    result = printed_json(arguments, capsys)
+    assert set(result) == {"ar", "idlm", "identical", "speedup"}
+    assert result["identical"] is True
+    assert result["ar"]["token_ids"] == result["idlm"]["token_ids"]
+    assert result["ar"]["text"] == result["idlm"]["text"]
+    assert result["ar"]["stats"]["drafted"] == 0 < result["idlm"]["stats"]["drafted"]
+    ratio = result["idlm"]["tokens_per_second"] / result["ar"]["tokens_per_second"]
+    assert result["speedup"] == pytest.approx(ratio)
+
+
+def test_compare_prints_texts_figures_and_verdict(
+    adapter_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(generate("--adapter", str(adapter_folder), "--compare")) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n16 tokens, ") == 2
+    assert "Identical: all 16 tokens." in out and "x as fast" in out
+
+
+def test_compare_needs_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from idlm.model import checkpoint
+
+    model = tmp_path / "model"
+    model.symlink_to(checkpoint.resolve(None))
+    assert main(generate("--model", str(model), "--compare")) == 2
+    assert "--adapter" in capsys.readouterr().err
+
+
+def test_first_difference() -> None:
+    assert first_difference([1, 2], [1, 2]) is None
+    assert first_difference([1, 2, 3], [1, 4, 3]) == 1
+    assert first_difference([1, 2], [1, 2, 3]) == 2
+    assert first_difference([], [1]) == 0
+
+
+def test_show_colours_on_a_terminal_only_if_wanted(
+    adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = generate("--adapter", str(adapter_folder), "--show")
+    monkeypatch.setenv("TERM", "xterm")
+    outputs = {}
+    for no_color in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        monkeypatch.setattr(sys, "stdout", terminal := ColourTerminal())
+        assert main(arguments) == 0
+        outputs[no_color] = terminal.getvalue()
+    # An untrained adapter drafts mostly wrong tokens, so there are corrections to colour.
+    assert outputs[""].count("\x1b[1;33m") > 1 and "accepted draft" in outputs[""]
+    assert "\x1b" not in outputs["1"] and "accepted draft" not in outputs["1"]
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "idlm.cli.main", "generate", "Tell a long story."]
+    return subprocess.Popen(
+        [*command, "--adapter", "none", "--max-tokens", "2000", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_interrupt_is_quiet() -> None:
+    process = start()
+    assert process.stdout is not None and process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == b""
+
+
+def test_closed_pipe_is_quiet() -> None:
+    process = start()
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.read(1)
+    process.stdout.close()
+    process.wait(timeout=60)
+    with process.stderr as stderr:
+        assert stderr.read() == b""

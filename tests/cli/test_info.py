@@ -1,0 +1,52 @@
+"""`idlm info` on the default model and on adapters."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from idlm.cli.main import main
+from idlm.model import checkpoint
+from idlm.model.adapter import LORA_FILE
+
+
+def info(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main(["info", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert isinstance(facts, dict)
+    return facts
+
+
+def test_model(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = info(checkpoint.resolve(None), capsys)
+    assert facts["kind"] == "model" and facts["architecture"] == "llama"
+    assert facts["parameters"] == 134_515_008
+    assert facts["vocabulary"] == 49_152 and facts["context"] == 8192
+    assert facts["chat_template"] is True
+
+
+def test_adapter(adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = info(adapter_folder, capsys)
+    assert facts["kind"] == "adapter"
+    assert (facts["rank"], facts["stride_trained"]) == (4, 4)
+    assert facts["modules"] == ["o_proj", "down_proj"]
+    assert facts["base_fingerprint"] == info(checkpoint.resolve(None), capsys)["fingerprint"]
+    assert facts["bytes"] == sum(p.stat().st_size for p in adapter_folder.glob("*.safetensors"))
+
+
+def test_lines_for_people(adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(adapter_folder)]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["modules"].strip() == "o_proj, down_proj"
+    assert lines["card"].strip() == "none"
+
+
+def test_damaged_weights(
+    adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in adapter_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / LORA_FILE).write_bytes((tmp_path / LORA_FILE).read_bytes()[:1000])
+    assert main(["info", str(tmp_path)]) == 2
+    assert LORA_FILE in capsys.readouterr().err
