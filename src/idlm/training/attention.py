@@ -57,8 +57,8 @@ class Visibility:
     ) -> None:
         self._flex = device.type == "cuda"
         if self._flex:
-            self._blocks = _flex().create_block_mask(
-                sees, batch, None, rows, keys, device=device, _compile=True
+            self._blocks = compiled(_flex().create_block_mask)(
+                sees, batch, None, rows, keys, device=device
             )
         else:
             index = torch.arange(max(rows, keys), device=device)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from idlm.errors import InvalidRequestError, ResourceError
-from idlm.model.adapter import FUSED_MODULES
-from idlm.model.files import replacing
+
+# The command line builds its options from this module, so it imports nothing that needs torch.
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class ConvertConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        from idlm.model.adapter import FUSED_MODULES
+
         # YAML has lists only.
         object.__setattr__(self, "projections", tuple(self.projections))
         positive = (
@@ -119,12 +122,21 @@ class ConvertConfig:
         except TypeError as error:
             raise InvalidRequestError(f"A setting has the wrong type: {error}.") from error
 
+    @classmethod
+    def describe(cls) -> dict[str, str]:
+        """What each setting means, by name, from the docstring."""
+        text = (cls.__doc__ or "").partition("Attributes:")[2]
+        items = re.findall(r"^ {8}(\w+): (.+?)(?=^ {8}\w|\Z)", text, re.DOTALL | re.MULTILINE)
+        return {name: " ".join(meaning.split()) for name, meaning in items}
+
     def with_(self, **changes: Any) -> ConvertConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML that `read` accepts."""
+        from idlm.model.files import replacing
+
         values = asdict(self) | {"projections": list(self.projections)}
         with replacing(path) as temporary:
             temporary.write_text(_yaml().safe_dump(values, sort_keys=False))

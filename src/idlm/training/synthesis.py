@@ -34,7 +34,8 @@ LOOP_SHARE = 0.5
 # Odd constants that turn an 8-gram into one number (mod 2**64).
 GRAM_KEYS = np.random.default_rng(0).integers(1, 2**62, LOOP_NGRAM) * 2 + 1
 MIN_ANSWER = 3
-SPLITS = ("train", "heldout")
+TRAIN, HELDOUT = "train", "heldout"
+SPLITS = (TRAIN, HELDOUT)
 SHARD_TOKENS = 4_000_000
 SECONDS_PER_REPORT = 10.0
 
@@ -179,14 +180,16 @@ class Collector:
         self.counts["truncated"] += document.truncated
         self.counts["tokens"] += length
         self.counts["answer tokens"] += sum(end - start for start, end in document.answers)
-        split = "heldout" if key % 1000 < 1000 * HELDOUT_SHARE else "train"
+        split = HELDOUT if key % 1000 < 1000 * HELDOUT_SHARE else TRAIN
         self._waiting[split].append(document)
         self._waiting_tokens[split] += length
         if self._waiting_tokens[split] >= SHARD_TOKENS:
             self._flush(split)
 
     def close(self) -> None:
-        """Write what is still waiting."""
+        """Write what is still waiting; a small folder gets a held-out document too."""
+        if self._waiting[TRAIN][1:] and not list(self.folder.glob(f"{HELDOUT}-*.parquet")):
+            self._waiting[HELDOUT].append(self._waiting[TRAIN].pop())
         for split in SPLITS:
             self._flush(split)
 
