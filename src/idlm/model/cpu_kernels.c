@@ -142,6 +142,51 @@ INLINE void store4(char *p, bool half, int64_t n, v4f v) {
     }
 }
 
+/* e^x for x <= 0, within 2 ulp; 0 below the smallest normal result. */
+INLINE vf vexp(vf x) {
+    const vf magic = (vf){0} + 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
+    const vf shifted = vfma(x, (vf){0} + 1.44269504f, magic);
+    const vf n = shifted - magic;
+    vf r = vfma(n, (vf){0} - 0.693145752f, x);
+    r = vfma(n, (vf){0} - 1.42860677e-6f, r);
+    vf p = (vf){0} + 1.0f / 5040;
+    p = vfma(p, r, (vf){0} + 1.0f / 720);
+    p = vfma(p, r, (vf){0} + 1.0f / 120);
+    p = vfma(p, r, (vf){0} + 1.0f / 24);
+    p = vfma(p, r, (vf){0} + 1.0f / 6);
+    p = vfma(p, r, (vf){0} + 0.5f);
+    p = vfma(p, r, (vf){0} + 1.0f);
+    p = vfma(p, r, (vf){0} + 1.0f);
+    const vu result = (vu)p + ((vu)shifted << 23); /* times 2^n */
+    return (vf)(result & ~(vu)(x < -87.0f));
+}
+
+/* n <= VL elements at p as fp32 in order, zero-padded. */
+INLINE vf load_vector(const char *p, bool half, int64_t n) {
+    if (half) {
+        vh h = {0};
+        if (n >= VL)
+            memcpy(&h, p, sizeof h);
+        else
+            memcpy(&h, p, n * 2);
+        return (vf)(__builtin_convertvector(h, vu) << 16);
+    }
+    if (n >= VL) return vload(p);
+    vf v = {0};
+    memcpy(&v, p, n * 4);
+    return v;
+}
+
+INLINE void store_vector(char *p, bool half, int64_t n, vf v) {
+    if (half) {
+        const vu u = (vu)v, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, nan = (vu)(v != v);
+        const vh h = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), vh);
+        memcpy(p, &h, n >= VL ? sizeof h : (size_t)n * 2);
+    } else {
+        memcpy(p, &v, n >= VL ? sizeof v : (size_t)n * 4);
+    }
+}
+
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -167,6 +212,13 @@ static void run_tasks(void *data) {
         if (i >= job->count) return;
         job->task(job->args, i);
     }
+}
+
+/* Waking a thread costs a few microseconds: each must have this many vector operations to do. */
+#define GRAIN 8192
+
+INLINE int64_t useful_threads(int64_t threads, int64_t vector_operations) {
+    return min64(threads, 1 + vector_operations / GRAIN);
 }
 
 static void parallel_for(void (*task)(const void *, int64_t), const void *args, int64_t count,
@@ -344,10 +396,12 @@ static void linear_task_fp32(const void *a, int64_t index) { linear_task(a, inde
 EXPORT void idlm_linear(int half, const void *x, int64_t x_batch, int64_t x_row, const void *w,
                         const void *bias, void *y, int64_t y_batch, int64_t y_row, int64_t rows,
                         int64_t inner, int64_t in, int64_t out, int accumulate, int64_t threads) {
+    if (rows == 0 || out == 0) return;
     const int64_t budget = 384 * 1024; /* bytes of packed rows: they stay in the L2 cache */
     Linear a = {.x = x, .w = w, .bias = bias, .y = y, .rows = rows, .inner = inner,
                 .x_batch = x_batch, .x_row = x_row, .y_batch = y_batch, .y_row = y_row,
                 .in = in, .out = out, .accumulate = accumulate};
+    threads = useful_threads(threads, (1 + rows / 2) * in * out / VL);
     a.row_block = min64(rows, max64(RB, budget / ((in + GROUP) * 4) / RB * RB));
     a.out_block = max64(W_CHUNK, ceil_div(ceil_div(out, threads * 4), OB) * OB);
     a.out_tasks = ceil_div(out, a.out_block);
@@ -356,41 +410,6 @@ EXPORT void idlm_linear(int half, const void *x, int64_t x_batch, int64_t x_row,
 }
 
 /* ---- attention ------------------------------------------------------------------------------ */
-
-/* e^x for x <= 0, within 2 ulp; 0 below the smallest normal result. */
-INLINE vf vexp(vf x) {
-    const vf magic = (vf){0} + 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    const vf shifted = vfma(x, (vf){0} + 1.44269504f, magic);
-    const vf n = shifted - magic;
-    vf r = vfma(n, (vf){0} - 0.693145752f, x);
-    r = vfma(n, (vf){0} - 1.42860677e-6f, r);
-    vf p = (vf){0} + 1.0f / 5040;
-    p = vfma(p, r, (vf){0} + 1.0f / 720);
-    p = vfma(p, r, (vf){0} + 1.0f / 120);
-    p = vfma(p, r, (vf){0} + 1.0f / 24);
-    p = vfma(p, r, (vf){0} + 1.0f / 6);
-    p = vfma(p, r, (vf){0} + 0.5f);
-    p = vfma(p, r, (vf){0} + 1.0f);
-    p = vfma(p, r, (vf){0} + 1.0f);
-    const vu result = (vu)p + ((vu)shifted << 23); /* times 2^n */
-    return (vf)(result & ~(vu)(x < -87.0f));
-}
-
-/* n <= VL elements at p as fp32 in order, zero-padded. */
-INLINE vf load_vector(const char *p, bool half, int64_t n) {
-    if (half) {
-        vh h = {0};
-        if (n >= VL)
-            memcpy(&h, p, sizeof h);
-        else
-            memcpy(&h, p, n * 2);
-        return (vf)(__builtin_convertvector(h, vu) << 16);
-    }
-    if (n >= VL) return vload(p);
-    vf v = {0};
-    memcpy(&v, p, n * 4);
-    return v;
-}
 
 /* Replace n scores by exp((score - max) * scale); returns the inverse of their sum. `s` has room
  * up to a multiple of VL. */
@@ -600,8 +619,13 @@ EXPORT bool idlm_attention(int half, const void *q, int64_t q_batch, int64_t q_r
                    .start = start, .positions = positions, .visible = visible, .rows = rows,
                    .kv_heads = kv_heads, .group = group, .head_dim = head_dim,
                    .cache_length = cache_length, .window = window, .scale = scale};
-    for (int64_t b = 0; b < batch; b++)
+    if (rows == 0) return true;
+    int64_t keys = 0;
+    for (int64_t b = 0; b < batch; b++) {
         if (start[b] < 0 || start[b] + rows > cache_length) return false;
+        keys += start[b] + rows;
+    }
+    threads = useful_threads(threads, keys * rows * kv_heads * group * head_dim * 2 / VL);
     /* Few rows: smaller tiles, so that there is work for every thread. */
     const int64_t all_rows = batch * kv_heads * rows * group;
     a.tile = max64(1, min64(RB, ceil_div(all_rows, 4 * threads)));
@@ -610,3 +634,117 @@ EXPORT bool idlm_attention(int half, const void *q, int64_t q_batch, int64_t q_r
                  batch * kv_heads * a.tiles, threads);
     return true;
 }
+
+/* Copy the in-flight rows [batch, rows, heads, width] to the cache, row r of request b to index
+ * start[b] + r. Strides in elements; false, and nothing done, if the rows do not fit. */
+EXPORT bool idlm_append(int half, const void *x, int64_t x_batch, int64_t x_row, int64_t x_head,
+                        void *cache, int64_t batch_stride, int64_t head_stride,
+                        int64_t row_stride, const int64_t *start, int64_t batch, int64_t rows,
+                        int64_t heads, int64_t width, int64_t cache_length) {
+    const int64_t size = half ? 2 : 4;
+    for (int64_t b = 0; b < batch; b++)
+        if (start[b] < 0 || start[b] + rows > cache_length) return false;
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t h = 0; h < heads; h++)
+                memcpy((char *)cache + (b * batch_stride + h * head_stride +
+                                        (start[b] + r) * row_stride) * size,
+                       (const char *)x + (b * x_batch + r * x_row + h * x_head) * size,
+                       (size_t)(width * size));
+    return true;
+}
+
+/* ---- small operators ------------------------------------------------------------------------ */
+
+/* The operand x[n0, n1, n2, width] by its strides; results are dense. Row i is row (i / n2 / n1,
+ * i / n2 % n1, i % n2). */
+typedef struct {
+    const char *x, *a, *b;
+    char *y;
+    int64_t n1, n2, stride0, stride1, stride2, rows, width, block;
+    float eps;
+} RowWise;
+
+INLINE const char *row_address(const RowWise *op, int64_t i, int64_t size) {
+    const int64_t outer = i / op->n2;
+    return op->x + (outer / op->n1 * op->stride0 + outer % op->n1 * op->stride1 +
+                    i % op->n2 * op->stride2) * size;
+}
+
+/* a: weight[width] */
+INLINE void rms_norm_row(const RowWise *op, int64_t i, bool half) {
+    const int64_t size = half ? 2 : 4, n = op->width;
+    const char *x = row_address(op, i, size);
+    char *y = op->y + i * n * size;
+    vf squares = {0};
+    for (int64_t d = 0; d < n; d += VL) {
+        const vf v = load_vector(x + d * size, half, n - d);
+        squares = vfma(v, v, squares);
+    }
+    const float mean = reduce4(squares, squares, squares, squares)[0] / (float)n;
+    const float inverse = 1.0f / __builtin_sqrtf(mean + op->eps);
+    for (int64_t d = 0; d < n; d += VL) {
+        const vf v = load_vector(x + d * size, half, n - d) * inverse;
+        const vf w = load_vector(op->a + d * size, half, n - d);
+        store_vector(y + d * size, half, n - d, v * w);
+    }
+}
+
+/* a, b: cosines and signed sines [n0 * n1, width] */
+INLINE void rotate_row(const RowWise *op, int64_t i, bool half) {
+    const int64_t size = half ? 2 : 4, n = op->width / 2, far = n * size;
+    const char *x = row_address(op, i, size);
+    char *y = op->y + i * 2 * far;
+    const char *cosine = op->a + i / op->n2 * 2 * far, *sine = op->b + i / op->n2 * 2 * far;
+    for (int64_t d = 0; d < n; d += VL) {
+        const int64_t at = d * size, left = n - d;
+        const vf x1 = load_vector(x + at, half, left), x2 = load_vector(x + far + at, half, left);
+        const vf c1 = load_vector(cosine + at, half, left);
+        const vf c2 = load_vector(cosine + far + at, half, left);
+        const vf s1 = load_vector(sine + at, half, left);
+        const vf s2 = load_vector(sine + far + at, half, left);
+        store_vector(y + at, half, left, vfma(x1, c1, x2 * s1));
+        store_vector(y + far + at, half, left, vfma(x2, c2, x1 * s2));
+    }
+}
+
+/* x: gate and up side by side [rows, 2 * width] */
+INLINE void silu_mul_row(const RowWise *op, int64_t i, bool half) {
+    const int64_t size = half ? 2 : 4, n = op->width;
+    const char *gate = row_address(op, i, size), *up = gate + n * size;
+    char *y = op->y + i * n * size;
+    for (int64_t d = 0; d < n; d += VL) {
+        const vf g = load_vector(gate + d * size, half, n - d);
+        const vf u = load_vector(up + d * size, half, n - d);
+        const vu negative = (vu)(g < 0.0f), one = (vu)((vf){0} + 1.0f);
+        const vf e = vexp((vf)((vu)g | 0x80000000u)); /* e^-|g| */
+        const vf sigmoid = (vf)(((vu)e & negative) | (one & ~negative)) / (1.0f + e);
+        store_vector(y + d * size, half, n - d, g * sigmoid * u);
+    }
+}
+
+#define DEFINE_ROW_WISE(NAME)                                                                     \
+    static void NAME##_task_bf16(const void *args, int64_t index) {                               \
+        const RowWise *op = args;                                                                 \
+        const int64_t end = min64(op->rows, (index + 1) * op->block);                             \
+        for (int64_t i = index * op->block; i < end; i++) NAME##_row(op, i, true);                \
+    }                                                                                             \
+    static void NAME##_task_fp32(const void *args, int64_t index) {                               \
+        const RowWise *op = args;                                                                 \
+        const int64_t end = min64(op->rows, (index + 1) * op->block);                             \
+        for (int64_t i = index * op->block; i < end; i++) NAME##_row(op, i, false);               \
+    }                                                                                             \
+    EXPORT void idlm_##NAME(int half, const void *x, int64_t stride0, int64_t stride1,            \
+                            int64_t stride2, const void *a, const void *b, void *y, int64_t n0,   \
+                            int64_t n1, int64_t n2, int64_t width, float eps, int64_t threads) {  \
+        const int64_t rows = n0 * n1 * n2;                                                        \
+        if (rows == 0) return;                                                                    \
+        threads = useful_threads(threads, rows * width * 16 / VL);                                \
+        RowWise op = {x, a, b, y, n1, n2, stride0, stride1, stride2, rows, width, 0, eps};        \
+        op.block = max64(1, ceil_div(rows, 2 * threads));                                         \
+        parallel_for(half ? NAME##_task_bf16 : NAME##_task_fp32, &op, ceil_div(rows, op.block),   \
+                     threads);                                                                    \
+    }
+DEFINE_ROW_WISE(rms_norm)
+DEFINE_ROW_WISE(rotate)
+DEFINE_ROW_WISE(silu_mul)

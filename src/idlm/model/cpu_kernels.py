@@ -50,7 +50,16 @@ _SIGNATURES = {
         *[_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE],
         *[_POINTER, _POINTER, _POINTER, _POINTER, *[_SIZE] * 6, ctypes.c_float, _SIZE, _SIZE],
     ],
+    "idlm_append": [
+        *[_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
+        *[_SIZE] * 5,
+    ],
 }
+_ROW_WISE = [
+    *[_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER],
+    *[_SIZE, _SIZE, _SIZE, _SIZE, ctypes.c_float, _SIZE],
+]
+_SIGNATURES |= {f"idlm_{name}": _ROW_WISE for name in ("rms_norm", "rotate", "silu_mul")}
 _log = logging.getLogger(__name__)
 
 
@@ -88,44 +97,48 @@ def linear(
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
     """
-    width, features = x.shape[-1], weight.shape[0]
+    if x.dim() != 3:
+        features = weight.shape[0]
+        target = None if out is None else out.view(1, -1, features)
+        y = linear(x.reshape(1, -1, x.shape[-1]), weight, bias, target, accumulate)
+        return y.view(*x.shape[:-1], features) if out is None else out
+    batch, inner, width = x.shape
+    features, weight_width = weight.shape
+    dtype = x.dtype
+    x_batch, x_row, x_step = x.stride()
+    if x_step != 1:
+        x = x.contiguous()
+        x_batch, x_row, _ = x.stride()
     if out is None:
         if accumulate:
             raise ValueError("accumulate needs the tensor to add to: pass out.")
-        out = torch.empty((*x.shape[:-1], features), dtype=x.dtype)
-    dims = x.dim()
-    if dims != 2 and dims != 3:
-        linear(x.reshape(-1, width), weight, bias, out.view(-1, features), accumulate)
-        return out
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+        out = torch.empty((batch, inner, features), dtype=dtype)
+    y_batch, y_row, y_step = out.stride()
     if (
-        weight.shape[1] != width
-        or weight.dtype is not x.dtype
-        or not weight.is_contiguous()
-        or out.dtype is not x.dtype
-        or out.stride(-1) != 1
-        or out.shape[-1] != features
-        or out.shape[:-1] != x.shape[:-1]
-        or (bias is not None and (bias.dtype is not x.dtype or bias.shape != (features,)))
+        weight_width != width
+        or weight.stride() != (width, 1)
+        or weight.dtype is not dtype
+        or out.shape != (batch, inner, features)
+        or out.dtype is not dtype
+        or y_step != 1
+        or not (bias is None or (bias.dtype is dtype and bias.shape == (features,)))
     ):
         raise ValueError(
-            f"linear needs x [..., in], a contiguous weight [out, in], bias [out] and out "
+            "linear needs x [..., in], a contiguous weight [out, in], bias [out] and out "
             f"[..., out] of one dtype; got {_describe(x, weight, bias, out)}."
         )
-    inner = x.shape[-2]
     _native().idlm_linear(
-        x.dtype is torch.bfloat16,
+        dtype is torch.bfloat16,
         x.data_ptr(),
-        x.stride(0),
-        x.stride(-2),
+        x_batch,
+        x_row,
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        out.stride(0),
-        out.stride(-2),
-        inner if dims == 2 else inner * x.shape[0],
-        max(inner, 1),
+        y_batch,
+        y_row,
+        batch * inner,
+        inner,
         width,
         features,
         accumulate,
@@ -231,7 +244,8 @@ def _library() -> ctypes.CDLL | None:
     for name, argtypes in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = argtypes
-        function.restype = ctypes.c_bool if name == "idlm_attention" else None
+        checked = name in ("idlm_attention", "idlm_append")
+        function.restype = ctypes.c_bool if checked else None
     library.idlm_init(_torch_thread_pool())
     return library
 
@@ -314,6 +328,146 @@ def _openmp_runtimes() -> list[str]:
     names = ("libgomp", "libiomp5", "libomp")
     loaded = [path for path in sorted(paths) if Path(path).name.startswith(names)]
     return sorted(loaded, key=lambda path: not path.startswith(str(bundled)))
+
+
+def append(x_BRKD: torch.Tensor, cache_BKSD: torch.Tensor, start_B: torch.Tensor) -> None:
+    """Write in-flight keys or values into the cache: row ``r`` goes to index ``start_b + r``.
+
+    Args:
+        x_BRKD: bf16 or fp32, dense in its last dimension.
+        cache_BKSD: written in place, of the same dtype.
+        start_B: int64.
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit, or rows do not fit into the cache.
+    """
+    B, R, K, D = x_BRKD.shape
+    x_batch, x_row, x_head, x_step = x_BRKD.stride()
+    batch_stride, head_stride, row_stride, step = cache_BKSD.stride()
+    S = cache_BKSD.shape[2]
+    if (
+        cache_BKSD.shape != (B, K, S, D)
+        or cache_BKSD.dtype is not x_BRKD.dtype
+        or x_step != 1
+        or step != 1
+        or start_B.shape != (B,)
+        or not start_B.is_contiguous()
+        or start_B.dtype is not torch.int64
+    ):
+        raise ValueError(
+            "append needs x [B, R, K, D] and cache [B, K, S, D] of one dtype, dense in D, and a "
+            f"contiguous int64 start [B]; got {_describe(x_BRKD, cache_BKSD, start_B)}."
+        )
+    fits = _native().idlm_append(
+        x_BRKD.dtype is torch.bfloat16,
+        x_BRKD.data_ptr(),
+        x_batch,
+        x_row,
+        x_head,
+        cache_BKSD.data_ptr(),
+        batch_stride,
+        head_stride,
+        row_stride,
+        start_B.data_ptr(),
+        B,
+        R,
+        K,
+        D,
+        S,
+    )
+    if not fits:
+        raise ValueError(f"{R} rows after {start_B.tolist()} tokens exceed the cache of {S}.")
+
+
+def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, rounded once.
+
+    Args:
+        x: ``[..., D]`` with at most 3 leading dimensions, bf16 or fp32, dense in its last one.
+        weight_D: contiguous, of the same dtype.
+    Returns:
+        A contiguous tensor of the shape of ``x``.
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
+    """
+    if (
+        weight_D.shape != x.shape[-1:]
+        or weight_D.dtype is not x.dtype
+        or not weight_D.is_contiguous()
+    ):
+        raise ValueError(
+            "rms_norm needs x [..., D] and a contiguous weight [D] of one dtype; got "
+            f"{_describe(x, weight_D)}."
+        )
+    return _row_wise("idlm_rms_norm", x, x.shape[-1], weight_D.data_ptr(), None, eps)
+
+
+def rotate(x_BRND: torch.Tensor, cos_BRD: torch.Tensor, sin_BRD: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding: halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    Args:
+        x_BRND: heads of the rows, bf16 or fp32, dense in the last dimension.
+        cos_BRD, sin_BRD: contiguous, of the same dtype (a dimension of 1 before D may stand in
+            for the heads); ``sin`` carries the sign of its first half.
+    Returns:
+        ``[B, R, N, D]``, contiguous.
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
+    """
+    B, R, _, D = x_BRND.shape
+    for table in (cos_BRD, sin_BRD):
+        if (
+            table.numel() != B * R * D
+            or table.shape[-1] != D
+            or table.dtype is not x_BRND.dtype
+            or not table.is_contiguous()
+            or D % 2
+        ):
+            raise ValueError(
+                "rotate needs x [B, R, N, D] with an even D and contiguous cos and sin [B, R, D] "
+                f"of one dtype; got {_describe(x_BRND, cos_BRD, sin_BRD)}."
+            )
+    return _row_wise("idlm_rotate", x_BRND, D, cos_BRD.data_ptr(), sin_BRD.data_ptr(), 0.0)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of ``[gate, up]`` side by side, rounded once.
+
+    Args:
+        gate_up: ``[..., 2 * I]`` with at most 3 leading dimensions, bf16 or fp32, dense in its
+            last one.
+    Returns:
+        ``[..., I]``, contiguous.
+    """
+    return _row_wise("idlm_silu_mul", gate_up, gate_up.shape[-1] // 2, None, None, 0.0)
+
+
+def _row_wise(
+    name: str, x: torch.Tensor, width: int, a: int | None, b: int | None, eps: float
+) -> torch.Tensor:
+    """Run a kernel that maps each row of ``x`` to a row of ``width`` elements."""
+    *lead, _ = x.shape
+    *strides, step = x.stride()
+    if len(lead) > 3 or step != 1:
+        raise ValueError(
+            f"{name} needs at most 3 leading dimensions and a dense last one; got {_describe(x)}."
+        )
+    out = torch.empty((*lead, width), dtype=x.dtype)
+    missing = 3 - len(lead)
+    getattr(_native(), name)(
+        x.dtype is torch.bfloat16,
+        x.data_ptr(),
+        *[0] * missing,
+        *strides,
+        a,
+        b,
+        out.data_ptr(),
+        *[1] * missing,
+        *lead,
+        width,
+        eps,
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def _describe(*tensors: torch.Tensor | None) -> str:
