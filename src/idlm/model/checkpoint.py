@@ -290,7 +290,7 @@ def _from_hub(model: str) -> Path:
     except Exception as error:
         raise CheckpointError(
             f"There is no folder {model!r}, and fetching it from the model hub failed: "
-            f"{_reason(error)}. {advice}; None is the default model, which needs no hub."
+            f"{_reason(error)}. {advice}; the default model needs no hub."
         ) from error
 
 
@@ -313,4 +313,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _reason(error: Exception) -> str:
     """The first line of an error, with its kind where the text alone says little."""
     text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__

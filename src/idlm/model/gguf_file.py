@@ -102,11 +102,8 @@ def write_model(path: Path, folder: Path) -> None:
 def _value(field: ReaderField) -> Any:
     """A metadata value; of fp32, the shortest decimal that stands for it (1e-5, not 9.999e-6)."""
     value = field.contents()
-    return (
-        float(str(np.float32(value)))
-        if [kind.name for kind in field.types] == ["FLOAT32"]
-        else value
-    )
+    is_fp32 = [kind.name for kind in field.types] == ["FLOAT32"]
+    return float(str(np.float32(value))) if is_fp32 else value
 
 
 def _identity(path: Path) -> str:
@@ -199,9 +196,10 @@ def _rope(
         "rope_theta": theta,
         "factor": factor,
         "original_max_position_embeddings": fields[f"{scaling}.original_context_length"],
-        "beta_fast": fields.get(f"{scaling}.yarn_beta_fast", 32.0),
-        "beta_slow": fields.get(f"{scaling}.yarn_beta_slow", 1.0),
     }
+    for beta in ("beta_fast", "beta_slow"):
+        if (value := fields.get(f"{scaling}.yarn_{beta}")) is not None:
+            yarn[beta] = value
     attention = fields.get(f"{scaling}.attn_factor", 1.0)
     if attention != 1.0:
         yarn["attention_factor"] = attention * (1.0 + 0.1 * math.log(factor))

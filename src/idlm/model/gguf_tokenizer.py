@@ -141,4 +141,9 @@ def _sentence_piece(gguf: Path) -> Tokenizer:
     # transformers derives the merges from the scores, as it does for SentencePiece files.
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).backend_tokenizer
+    try:
+        return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).backend_tokenizer
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"its tokenizer cannot be converted ({error}); use the safetensors form of the model."
+        ) from error
