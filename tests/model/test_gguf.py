@@ -378,6 +378,9 @@ def test_truncated_file(file: Path, idlm_cache: Path, kept: float) -> None:
         ({"tokenizer.ggml.pre": "mystery"}, r"'mystery'.* unknown; use the safetensors form"),
         ({"tokenizer.ggml.pre": None}, r"tokenizer\.ggml\.pre None.* unknown"),
         ({"tokenizer.ggml.model": "rwkv"}, r"tokenizer 'rwkv' is not supported"),
+        ({"llama.attention.head_count": [4, 4]}, r"layers of different shapes"),
+        ({"llama.block_count": 3}, r"lack model\.layers\.2\..*fetch them again"),
+        ({"llama.feed_forward_length": 64}, r"mlp\.\w+\.weight in .*\(48, 32\).*\(64, 32\)"),
         ({"llama.context_length": None}, r"lacks the field 'llama\.context_length'"),
     ],
 )

@@ -6,8 +6,8 @@ Everything ends up as a local folder in Hugging Face form: `config.json`, safete
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from idlm.errors import CheckpointError, UnsupportedModelError
 from idlm.model import default_model
-from idlm.model.adapter import FUSED_MODULES, MODULE_PARENT, module_shapes
 from idlm.model.config import ModelConfig
 from idlm.model.decoder import Decoder
 from idlm.model.gguf_file import convert_gguf
+from idlm.model.tensor_map import Place, check_tensors, tensor_map
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -93,7 +93,7 @@ def load_decoder(folder: Path, *, device: torch.device | str, dtype: torch.dtype
         UnsupportedModelError: as `load_config`.
     """
     config = load_config(folder)
-    places = dict(_places(config))
+    places = tensor_map(config)
     files = _weight_files(folder)
     _check(folder, files, places)
     decoder = _empty_decoder(config, torch.device(device), dtype)
@@ -135,46 +135,6 @@ class _WithoutInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a checkpoint tensor of ``shape`` goes: rows of a (fused) parameter from ``start``."""
-
-    parameter: str
-    start: int
-    shape: tuple[int, ...]
-
-
-def _places(config: ModelConfig) -> Iterator[tuple[str, _Place]]:
-    """Every tensor of the checkpoint, by its Hugging Face name."""
-    V, H, D = config.vocab_size, config.hidden_size, config.head_dim
-    biased = {
-        "qkv": config.qkv_bias,
-        "o": config.output_bias,
-        "gate_up": config.mlp_bias,
-        "down": config.mlp_bias,
-    }
-    yield "model.embed_tokens.weight", _Place("embed.weight", 0, (V, H))
-    yield "model.norm.weight", _Place("norm.weight", 0, (H,))
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", _Place("lm_head.weight", 0, (V, H))
-    for i in range(config.num_layers):
-        source, own = f"model.layers.{i}", f"layers.{i}"
-        yield f"{source}.input_layernorm.weight", _Place(f"{own}.attn_norm.weight", 0, (H,))
-        yield f"{source}.post_attention_layernorm.weight", _Place(f"{own}.mlp_norm.weight", 0, (H,))
-        if config.qk_norm:
-            yield f"{source}.self_attn.q_norm.weight", _Place(f"{own}.q_norm.weight", 0, (D,))
-            yield f"{source}.self_attn.k_norm.weight", _Place(f"{own}.k_norm.weight", 0, (D,))
-        for fused, modules in FUSED_MODULES.items():
-            width, sizes = module_shapes(config, fused)
-            start = 0
-            for module, size in zip(modules, sizes, strict=True):
-                name = f"{source}.{MODULE_PARENT[fused]}.{module}"
-                yield f"{name}.weight", _Place(f"{own}.{fused}.weight", start, (size, width))
-                if biased[fused]:
-                    yield f"{name}.bias", _Place(f"{own}.{fused}.bias", start, (size,))
-                start += size
-
-
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
     """The safetensors files of a folder and the tensors to take from each."""
     if (folder / WEIGHTS_FILE).exists():
@@ -200,41 +160,22 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     )
 
 
-def _check(folder: Path, files: dict[Path, set[str]], places: dict[str, _Place]) -> None:
-    given = set().union(*files.values())
-    if missing := sorted(places.keys() - given):
-        raise CheckpointError(
-            f"The weights in {folder} lack {missing[0]} ({len(missing)} tensors are missing); "
-            "config.json belongs to another model, or the weights are incomplete."
-        )
-    if unexpected := sorted(name for name in given - places.keys() if not _ignorable(name)):
-        raise CheckpointError(
-            f"The weights in {folder} hold {unexpected[0]}, which config.json does not account "
-            f"for ({len(unexpected)} such tensors); they belong to another model."
-        )
+def _check(folder: Path, files: dict[Path, set[str]], places: dict[str, Place]) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, names in files.items():
         headers = _headers(path)
-        for name in names & places.keys():
+        for name in names:
             if name not in headers:
                 raise CheckpointError(
                     f"{path} lacks {name}, which {INDEX_FILE} promises; fetch the model again."
                 )
-            dtype, shape = headers[name]
-            if shape != places[name].shape:
-                raise CheckpointError(
-                    f"{name} in {path} has shape {shape}, config.json asks for "
-                    f"{places[name].shape}; the two belong to different models."
-                )
-            if dtype not in FLOAT_DTYPES:
-                raise CheckpointError(
+            dtype, shapes[name] = headers[name]
+            if name in places and dtype not in FLOAT_DTYPES:
+                raise UnsupportedModelError(
                     f"{name} in {path} is of type {dtype}, not floating point: quantised weights "
                     "are not supported; use the unquantised model or a GGUF file of it."
                 )
-
-
-def _ignorable(name: str) -> bool:
-    # A copy of the tied embedding, and the rotary frequencies that old checkpoints stored.
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+    check_tensors(shapes, places, str(folder))
 
 
 def _headers(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from idlm.errors import CheckpointError, IdlmError, UnsupportedModelError
+from idlm.errors import CheckpointError, UnsupportedModelError
 from idlm.model import cache
-from idlm.model.config import RopeConfig
+from idlm.model.config import ModelConfig, RopeConfig
 from idlm.model.files import write_json
 from idlm.model.gguf_tokenizer import write_tokenizer
+from idlm.model.tensor_map import check_tensors, tensor_map
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderField, ReaderTensor
@@ -68,8 +69,14 @@ def convert_gguf(path: Path, cache_dir: Path | None = None) -> Path:
         UnsupportedModelError: its architecture, a tensor type or the tokenizer is not supported.
         ResourceError: no disk space.
     """
+    try:
+        identity = _identity(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}; check the file."
+        ) from error
     models = cache.models_folder() if cache_dir is None else cache_dir
-    target = models / cache.folder_name(path.name, _identity(path))
+    target = models / cache.folder_name(path.name, identity)
     return cache.build_once(target, lambda folder: write_model(path, folder))
 
 
@@ -87,13 +94,16 @@ def write_model(path: Path, folder: Path) -> None:
         ) from error
     try:
         config = _config(fields, reader.tensors)
-        shards = _shards(reader)
-        sizes = [sum(_converted_bytes(tensor) for tensor in shard.values()) for shard in shards]
-        cache.require_space(folder, sum(sizes) + OVERHEAD_BYTES)
+        tensors = _tensors(reader)
+        places = tensor_map(ModelConfig.from_hf(config))
+        check_tensors({name: _shape(t) for name, t in tensors.items()}, places, path.name)
+        shards = _shards(tensors)
+        total = sum(_converted_bytes(tensor) for tensor in tensors.values())
+        cache.require_space(folder, total + OVERHEAD_BYTES)
         write_json(folder / "config.json", config)
         write_tokenizer(path, fields, folder)
         _write_weights(shards, config, folder)
-    except IdlmError as error:
+    except (CheckpointError, UnsupportedModelError) as error:
         raise type(error)(f"{path}: {error}") from error
     except KeyError as error:
         raise CheckpointError(f"{path} lacks the field {error}; fetch it again.") from error
@@ -130,9 +140,11 @@ def _config(fields: Mapping[str, Any], tensors: list[ReaderTensor]) -> dict[str,
         )
     if fields.get(f"{arch}.expert_count", 0) > 0:
         raise UnsupportedModelError("mixture-of-experts models are not supported.")
-    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in tensors}
+    shapes = {tensor.name: _shape(tensor) for tensor in tensors}
     if "token_embd.weight" not in shapes:
         raise CheckpointError("the tensor token_embd.weight is missing; fetch the file again.")
+    if any(isinstance(v, list) for k, v in fields.items() if k.startswith(f"{arch}.")):
+        raise UnsupportedModelError("layers of different shapes are not supported.")
     hidden, heads = fields[f"{arch}.embedding_length"], fields[f"{arch}.attention.head_count"]
     head_dim = fields.get(f"{arch}.attention.key_length", hidden // heads)
     if fields.get(f"{arch}.rope.dimension_count", head_dim) != head_dim:
@@ -230,19 +242,35 @@ def _llama3_rope(theta: float, head_dim: int, factors_F: np.ndarray) -> dict[str
     )
 
 
-def _shards(reader: GGUFReader) -> list[dict[str, ReaderTensor]]:
-    """The tensors by Hugging Face name, in groups of at most about `SHARD_BYTES`."""
-    shards: list[dict[str, ReaderTensor]] = [{}]
-    used = 0
+def _tensors(reader: GGUFReader) -> dict[str, ReaderTensor]:
+    """The tensors by Hugging Face name, all of a type that can be dequantised."""
+    from gguf.quants import dequantize
+
+    tensors = {}
     for tensor in reader.tensors:
         if tensor.name == ROPE_FACTORS:
             continue
-        _require_known_type(tensor)
+        try:
+            dequantize(tensor.data[:1], tensor.tensor_type)
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"tensor {tensor.name} is of type {tensor.tensor_type.name}, which cannot be "
+                "dequantised; use another quantisation of the model."
+            ) from error
+        tensors[_hf_name(tensor.name)] = tensor
+    return tensors
+
+
+def _shards(tensors: dict[str, ReaderTensor]) -> list[dict[str, ReaderTensor]]:
+    """The tensors in groups of at most about `SHARD_BYTES`."""
+    shards: list[dict[str, ReaderTensor]] = [{}]
+    used = 0
+    for name, tensor in tensors.items():
         size = _converted_bytes(tensor)
         if used and used + size > SHARD_BYTES:
             shards.append({})
             used = 0
-        shards[-1][_hf_name(tensor.name)] = tensor
+        shards[-1][name] = tensor
         used += size
     return shards
 
@@ -259,16 +287,8 @@ def _hf_name(name: str) -> str:
     )
 
 
-def _require_known_type(tensor: ReaderTensor) -> None:
-    from gguf.quants import dequantize
-
-    try:
-        dequantize(tensor.data[:1], tensor.tensor_type)
-    except NotImplementedError as error:
-        raise UnsupportedModelError(
-            f"tensor {tensor.name} is of type {tensor.tensor_type.name}, which cannot be "
-            "dequantised; use another quantisation of the model."
-        ) from error
+def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def _is_float(tensor: ReaderTensor) -> bool:
