@@ -9,11 +9,16 @@ from idlm.model import checkpoint
 from idlm.model.adapter import Adapter, AdapterConfig
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fetched(default_model_dir: Path) -> None:
+    """Fetch the default model first: fetching says so on stderr, which the tests read."""
+
+
 @pytest.fixture(scope="session")
-def adapter_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter_folder(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained adapter of the default model."""
     torch.manual_seed(0)
-    base = checkpoint.load_config(checkpoint.resolve(None))
+    base = checkpoint.load_config(default_model_dir)
     config = AdapterConfig(
         rank=4,
         alpha=4.0,

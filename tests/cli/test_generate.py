@@ -96,12 +96,10 @@ def test_compare_prints_texts_figures_and_verdict(
     assert "Identical: all 16 tokens." in out and "x as fast" in out
 
 
-def test_compare_needs_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from idlm.model import checkpoint
-
-    model = tmp_path / "model"
-    model.symlink_to(checkpoint.resolve(None))
-    assert main(generate("--model", str(model), "--compare")) == 2
+def test_compare_needs_an_adapter(
+    default_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(generate("--model", str(default_model_dir), "--compare")) == 2
     assert "--adapter" in capsys.readouterr().err
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from idlm.cli.main import main
-from idlm.model import checkpoint
 from idlm.model.adapter import LORA_FILE
 
 
@@ -18,20 +17,22 @@ def info(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return facts
 
 
-def test_model(capsys: pytest.CaptureFixture[str]) -> None:
-    facts = info(checkpoint.resolve(None), capsys)
+def test_model(default_model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = info(default_model_dir, capsys)
     assert facts["kind"] == "model" and facts["architecture"] == "llama"
     assert facts["parameters"] == 134_515_008
     assert facts["vocabulary"] == 49_152 and facts["context"] == 8192
     assert facts["chat_template"] is True
 
 
-def test_adapter(adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapter(
+    adapter_folder: Path, default_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     facts = info(adapter_folder, capsys)
     assert facts["kind"] == "adapter"
     assert (facts["rank"], facts["stride_trained"]) == (4, 4)
     assert facts["modules"] == ["o_proj", "down_proj"]
-    assert facts["base_fingerprint"] == info(checkpoint.resolve(None), capsys)["fingerprint"]
+    assert facts["base_fingerprint"] == info(default_model_dir, capsys)["fingerprint"]
     assert facts["bytes"] == sum(p.stat().st_size for p in adapter_folder.glob("*.safetensors"))
 
 

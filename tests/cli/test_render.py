@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from idlm.cli.render import SourceColours, Terminal
 from idlm.engine.request import Source
 from idlm.llm import Delta
-from idlm.model import checkpoint
 from idlm.model.tokenizer import Detokenizer, Tokenizer
 
 
@@ -20,8 +19,8 @@ class ColourTerminal(io.StringIO):
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.load(checkpoint.resolve(None))
+def tokenizer(default_model_dir: Path) -> Tokenizer:
+    return Tokenizer.load(default_model_dir)
 
 
 @given(
