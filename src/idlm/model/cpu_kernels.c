@@ -177,13 +177,30 @@ INLINE vf load_vector(const char *p, bool half, int64_t n) {
     return v;
 }
 
+/* The bits of bf16 numbers, by rounding to nearest even (NaN stays NaN). */
+INLINE vu round_bf16(vf v) {
+    const vu u = (vu)v, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, nan = (vu)(v != v);
+    return (rounded & ~nan) | (0x7fc0u & nan);
+}
+
+/* Store the first n <= VL lanes in order. */
 INLINE void store_vector(char *p, bool half, int64_t n, vf v) {
     if (half) {
-        const vu u = (vu)v, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, nan = (vu)(v != v);
-        const vh h = __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), vh);
+        const vh h = __builtin_convertvector(round_bf16(v), vh);
         memcpy(p, &h, n >= VL ? sizeof h : (size_t)n * 2);
     } else {
         memcpy(p, &v, n >= VL ? sizeof v : (size_t)n * 4);
+    }
+}
+
+/* The inverse of load_part: store both parts of a group. */
+INLINE void store_group(char *p, bool half, vf part0, vf part1) {
+    if (half) {
+        const vu u = round_bf16(part0) | round_bf16(part1) << 16;
+        memcpy(p, &u, sizeof u);
+    } else {
+        memcpy(p, &part0, sizeof part0);
+        memcpy(p + sizeof part0, &part1, sizeof part1);
     }
 }
 
@@ -284,8 +301,8 @@ INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x, 
     }
 }
 
-/* out[r] = the dot products of packed row r with the four weight rows. */
-INLINE void dot_block(v4f out[RB], const int rows, bool half, const float *x, int64_t x_stride,
+/* out[r * out_stride + o] = the dot product of packed row r with weight row o. */
+INLINE void dot_block(float *out, int64_t out_stride, const int rows, bool half, const float *x, int64_t x_stride,
                       const char *w, int64_t w_stride, int64_t n, int64_t ahead, int phase,
                       int period) {
     const int64_t group_bytes = GROUP * (half ? 2 : 4), full = n / GROUP;
@@ -313,7 +330,10 @@ INLINE void dot_block(v4f out[RB], const int rows, bool half, const float *x, in
         dot_step(acc, rows, half, x + full * GROUP, x_stride, tail[0], sizeof tail[0]);
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) out[r] = reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+    for (int r = 0; r < rows; r++) {
+        const v4f sums = reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+        memcpy(out + r * out_stride, &sums, sizeof sums);
+    }
 }
 
 /* Call CALL(n) with n = rows as a compile-time constant, 1 <= rows <= RB. */
@@ -327,13 +347,14 @@ INLINE void dot_block(v4f out[RB], const int rows, bool half, const float *x, in
         case 6: if (RB >= 6) CALL(6); break; \
     }
 
-#define DEFINE_DOT(NAME)                                                             \
-    static void NAME(v4f *out, int rows, const float *x, int64_t xs, const char *w,        \
-                     int64_t ws, int64_t n, int64_t ahead, int phase, int period) {        \
+#define DEFINE_DOT(NAME)                                                                   \
+    static void NAME(float *out, int64_t os, int rows, const float *x, int64_t xs,         \
+                     const char *w, int64_t ws, int64_t n, int64_t ahead, int phase,       \
+                     int period) {                                                         \
         DISPATCH_ROWS(rows, NAME##_call)                                                   \
     }
-#define dot_bf16_call(R) dot_block(out, R, true, x, xs, w, ws, n, ahead, phase, period)
-#define dot_fp32_call(R) dot_block(out, R, false, x, xs, w, ws, n, ahead, phase, period)
+#define dot_bf16_call(R) dot_block(out, os, R, true, x, xs, w, ws, n, ahead, phase, period)
+#define dot_fp32_call(R) dot_block(out, os, R, false, x, xs, w, ws, n, ahead, phase, period)
 DEFINE_DOT(dot_bf16)
 DEFINE_DOT(dot_fp32)
 
@@ -374,7 +395,7 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
             for (int64_t o = chunk, n; o < chunk_end; o += n) {
                 n = chunk_end - o < OB ? 1 : OB; /* the last outputs go one by one: stride 0 */
                 v4f sums[RB];
-                (half ? dot_bf16 : dot_fp32)(sums, (int)(r1 - r0), x + r0 * xs, xs,
+                (half ? dot_bf16 : dot_fp32)((float *)sums, OB, (int)(r1 - r0), x + r0 * xs, xs,
                                              a->w + o * w_stride, n == OB ? w_stride : 0, a->in,
                                              W_CHUNK * w_stride, (int)t, (int)tiles);
                 v4f bias = {0};
@@ -434,24 +455,25 @@ static float softmax(float *s, int64_t n, float scale) {
     return 1.0f / reduce4(sum, sum, sum, sum)[0];
 }
 
-#define VB 4 /* value vectors of a register block */
+#define VB 4 /* vectors of values that are mixed together */
 
-/* o[r, 0 : count * VL] += sum_j p[r][j] * v[j, :], in the order of j; n: elements of the last
- * vector that exist. */
+/* o[r, 0 : count * VL] += sum_j p[r][j] * v[j, :], in the order of j. With count == VB whole groups
+ * in the order of load_part, with count == 1 the first n <= VL elements in their own order. */
 INLINE void mix_block(const int rows, const int count, bool half, float *o, int64_t o_stride,
                       const float *const *p, const char *v, int64_t v_stride, int64_t keys,
                       int64_t n) {
-    const int64_t vector_bytes = VL * (half ? 2 : 4);
     vf acc[RB][VB];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
         for (int i = 0; i < count; i++) acc[r][i] = vload(o + r * o_stride + i * VL);
     for (int64_t j = 0; j < keys; j++) {
+        const char *vj = v + j * v_stride;
         vf vv[VB];
 #pragma GCC unroll 8
         for (int i = 0; i < count; i++)
-            vv[i] = load_vector(v + j * v_stride + i * vector_bytes, half, count == 1 ? n : VL);
+            vv[i] = count == 1 ? load_vector(vj, half, n)
+                               : load_part(vj + i / 2 * GROUP * (half ? 2 : 4), half, i % 2);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             const vf weight = (vf){0} + p[r][j];
@@ -466,19 +488,20 @@ INLINE void mix_block(const int rows, const int count, bool half, float *o, int6
             memcpy(o + r * o_stride + i * VL, &acc[r][i], sizeof(vf));
 }
 
+/* Elements of a value that mix handles as whole groups; the rest goes vector by vector. */
+INLINE int64_t grouped(int64_t head_dim) { return head_dim / (VB * VL) * (VB * VL); }
+
 INLINE void mix(int rows, bool half, int64_t head_dim, float *o, int64_t o_stride,
                 const float *const *p, const char *v, int64_t v_stride, int64_t keys) {
-    for (int64_t d = 0, step; d < head_dim; d += step) {
-        const int64_t left = head_dim - d;
-        step = left >= VB * VL ? VB * VL : VL;
-        const char *vd = v + d * (half ? 2 : 4);
-        if (step > VL) {
-#define MIX_WIDE(R) mix_block(R, VB, half, o + d, o_stride, p, vd, v_stride, keys, VL)
-            DISPATCH_ROWS(rows, MIX_WIDE)
-        } else {
-#define MIX_NARROW(R) mix_block(R, 1, half, o + d, o_stride, p, vd, v_stride, keys, left)
-            DISPATCH_ROWS(rows, MIX_NARROW)
-        }
+    const int64_t size = half ? 2 : 4, middle = grouped(head_dim);
+    for (int64_t d = 0; d < middle; d += VB * VL) {
+#define MIX_GROUPS(R) mix_block(R, VB, half, o + d, o_stride, p, v + d * size, v_stride, keys, VL)
+        DISPATCH_ROWS(rows, MIX_GROUPS)
+    }
+    for (int64_t d = middle; d < head_dim; d += VL) {
+        const int64_t n = min64(VL, head_dim - d);
+#define MIX_VECTOR(R) mix_block(R, 1, half, o + d, o_stride, p, v + d * size, v_stride, keys, n)
+        DISPATCH_ROWS(rows, MIX_VECTOR)
     }
 }
 
@@ -546,25 +569,28 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
     memset(o, 0, rows * qs * sizeof(float));
     mark_visible(a, b, row, rows, seen);
     const uint8_t all = (uint8_t)((1u << rows) - 1);
+    bool even = true; /* all rows have seen the same number of keys so far */
 
     for (int64_t j = 0, n; j < keys; j += n) {
         n = j + OB <= a->cache_length ? OB : 1; /* may read dead keys after the last one */
         uint32_t any;
         memcpy(&any, seen + j, sizeof any);
         if (!any) continue;
-        v4f scores[RB];
-        (half ? dot_bf16 : dot_fp32)(scores, rows, q, qs, k + j * stride,
-                                     n == OB ? stride : 0, D, 2 * OB * stride, 0, 1);
-        if (n == OB && any == all * 0x01010101u) {
-            for (int i = 0; i < rows; i++) {
-                memcpy(s + i * ss + count[i], &scores[i], sizeof scores[i]);
-                count[i] += OB;
-            }
+        /* Straight to their places if all rows see the block and have seen as many keys. */
+        const bool direct = even && n == OB && any == all * 0x01010101u;
+        float block[RB * OB];
+        (half ? dot_bf16 : dot_fp32)(direct ? s + count[0] : block, direct ? ss : OB, rows, q, qs,
+                                     k + j * stride, n == OB ? stride : 0, D, 2 * OB * stride, 0,
+                                     1);
+        if (direct) {
+            for (int i = 0; i < rows; i++) count[i] += OB;
             continue;
         }
         for (int64_t c = 0; c < n; c++)
             for (int i = 0; i < rows; i++)
-                if (seen[j + c] >> i & 1) s[i * ss + count[i]++] = scores[i][c];
+                if (seen[j + c] >> i & 1) s[i * ss + count[i]++] = block[i * OB + c];
+        even = true;
+        for (int i = 1; i < rows; i++) even &= count[i] == count[0];
     }
 
     float scale[RB];
@@ -595,11 +621,12 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
     for (int i = 0; i < rows; i++) {
         const int64_t h = head * a->group + (m0 + i) % a->group;
         char *out = a->out + ((b * a->rows + row[i]) * heads + h) * D * size;
-        for (int64_t d = 0; d < D; d += 4) {
-            v4f x;
-            memcpy(&x, o + i * qs + d, sizeof x);
-            store4(out + d * size, half, min64(4, D - d), x * scale[i]);
-        }
+        const float *oi = o + i * qs;
+        for (int64_t d = 0; d < grouped(D); d += GROUP)
+            store_group(out + d * size, half, vload(oi + d) * scale[i],
+                        vload(oi + d + VL) * scale[i]);
+        for (int64_t d = grouped(D); d < D; d += VL)
+            store_vector(out + d * size, half, D - d, vload(oi + d) * scale[i]);
     }
 }
 
