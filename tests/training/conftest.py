@@ -28,7 +28,7 @@ def load_talker(folder: Path) -> Decoder:
 
     def logits_with_ends(hidden: torch.Tensor) -> torch.Tensor:
         z = logits(hidden)
-        z[..., END_OF_TURN] += 2.0
+        z[..., END_OF_TURN] += 3.0
         return z
 
     vars(decoder)["logits"] = logits_with_ends
@@ -48,6 +48,6 @@ def decoder(model_dir: Path) -> Decoder:
 @pytest.fixture(scope="session")
 def data_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    config = SynthesisConfig(tokens=8000, slots=32, limits=LIMITS)
+    config = SynthesisConfig(tokens=4000, slots=32, limits=LIMITS)
     synthesize(load_talker(model_dir), Tokenizer.load(model_dir), folder, config)
     return folder

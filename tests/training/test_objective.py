@@ -38,8 +38,7 @@ def decoder() -> Decoder:
     return Decoder(config).requires_grad_(False).eval()
 
 
-@pytest.fixture
-def adapter(decoder: Decoder) -> Adapter:
+def make_adapter(decoder: Decoder) -> Adapter:
     """An adapter whose every part has an effect."""
     torch.manual_seed(1)
     config = AdapterConfig(
@@ -56,6 +55,11 @@ def adapter(decoder: Decoder) -> Adapter:
         for parameter in adapter.parameters():
             parameter.normal_(std=0.2)
     return adapter
+
+
+@pytest.fixture
+def adapter(decoder: Decoder) -> Adapter:
+    return make_adapter(decoder)
 
 
 def make_config(**changes: object) -> ConvertConfig:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 
 from idlm.model.attention import grouped_attention, visibility_bias
@@ -54,10 +51,13 @@ def _launch(
     v_BKSD: torch.Tensor,
     index_B: torch.Tensor,
 ) -> torch.Tensor:
+    # Triton comes with torch on CUDA machines only.
+    from idlm.training.slot_kernel import attend
+
     B, _, Q, D = q_B1QD.shape
     K, S = k_BKSD.shape[1:3]
     out_B1QD = torch.empty_like(q_B1QD)
-    _kernel()[(B, K)](
+    attend[(B, K)](
         q_B1QD,
         k_B1KD,
         v_B1KD,
@@ -77,76 +77,3 @@ def _launch(
         BLOCK=BLOCK_KEYS,
     )
     return out_B1QD
-
-
-@cache
-def _kernel() -> Any:
-    # Triton comes with torch on CUDA machines only.
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def attend(  # type: ignore[no-untyped-def]
-        q_ptr,
-        k_ptr,
-        v_ptr,
-        k_cache_ptr,
-        v_cache_ptr,
-        index_ptr,
-        out_ptr,
-        scale,
-        slot_stride,
-        S,
-        K: tl.constexpr,
-        G: tl.constexpr,
-        ROWS: tl.constexpr,
-        D: tl.constexpr,
-        DIM: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        # One program per slot and KV head; its G query heads are the rows of the products.
-        slot = tl.program_id(0)
-        head = tl.program_id(1)
-        index = tl.load(index_ptr + slot).to(tl.int32)
-        rows = tl.arange(0, ROWS)
-        dims = tl.arange(0, DIM)
-        real = dims < D
-        new = (slot * K + head) * D + dims
-        row_offsets = (slot * K + head) * G * D + rows[:, None] * D + dims[None, :]
-        row_mask = (rows[:, None] < G) & real[None, :]
-        q = tl.load(q_ptr + row_offsets, mask=row_mask, other=0.0)
-        k_new = tl.load(k_ptr + new, mask=real, other=0.0)
-        v_new = tl.load(v_ptr + new, mask=real, other=0.0)
-        base = slot.to(tl.int64) * slot_stride + head * S * D
-        tl.store(k_cache_ptr + base + index * D + dims, k_new, mask=real)
-        tl.store(v_cache_ptr + base + index * D + dims, v_new, mask=real)
-        # The new token is taken from registers; the loop reads what stood there before it.
-        top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
-        total = tl.full([ROWS], 1.0, tl.float32)
-        out = tl.zeros([ROWS, DIM], tl.float32) + v_new.to(tl.float32)[None, :]
-        for first in range(0, index, BLOCK):
-            keys = first + tl.arange(0, BLOCK)
-            old = keys < index
-            k = tl.load(
-                k_cache_ptr + base + keys[None, :] * D + dims[:, None],
-                mask=old[None, :] & real[:, None],
-                other=0.0,
-            )
-            v = tl.load(
-                v_cache_ptr + base + keys[:, None] * D + dims[None, :],
-                mask=old[:, None] & real[None, :],
-                other=0.0,
-            )
-            scores = tl.dot(q, k, input_precision="ieee") * scale
-            scores = tl.where(old[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp(scores - higher[:, None])
-            fade = tl.exp(top - higher)
-            total = total * fade + tl.sum(weights, 1)
-            out = out * fade[:, None]
-            out += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-            top = higher
-        out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row_offsets, out, mask=row_mask)
-
-    return attend

@@ -1,0 +1,98 @@
+"""The CUDA paths against the dense CPU ones. By hand: `pytest -m gpu tests/training`."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from idlm.model.config import ModelConfig, RopeConfig
+from idlm.model.decoder import Decoder
+from idlm.training.objective import Objective
+from idlm.training.sampler import BatchSampler, Limits, Script
+from idlm.training.slot_attention import SlotAttention
+from tests.training.test_objective import M, make_adapter, make_batch, make_config
+
+pytestmark = pytest.mark.gpu
+
+
+def make_decoder() -> Decoder:
+    """Head size 64, so that the kernels are the real ones."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        model_type="llama",
+        vocab_size=61,
+        hidden_size=96,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=256,
+        rope=RopeConfig(10000.0),
+        tie_word_embeddings=True,
+    )
+    return Decoder(config).requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (8, 8, 80), (32, 8, 128)])
+def test_slot_attention(heads: int, kv_heads: int, dim: int) -> None:
+    torch.manual_seed(0)
+    B, S = 5, 200
+    index_B = torch.tensor([0, 1, 63, 64, 199])
+    q_B1QD = torch.randn(B, 1, heads, dim)
+    k_B1KD, v_B1KD = torch.randn(2, B, 1, kv_heads, dim)
+    caches = torch.randn(2, 1, B, kv_heads, S, dim)
+    on_gpu = caches.cuda()
+    expected = SlotAttention(caches[0], caches[1], index_B)(0, q_B1QD, k_B1KD, v_B1KD)
+    actual = SlotAttention(on_gpu[0], on_gpu[1], index_B.cuda())(
+        0, q_B1QD.cuda(), k_B1KD.cuda(), v_B1KD.cuda()
+    )
+    torch.testing.assert_close(actual.cpu(), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(on_gpu.cpu(), caches)
+
+
+def test_objective_value_and_gradient() -> None:
+    decoder = make_decoder()
+    adapter = make_adapter(decoder)
+    config = make_config(tv_weight=0.5)
+    batch = make_batch()
+    outcomes, gradients = [], []
+    for device in ("cpu", "cuda"):
+        adapter.to(device).zero_grad()
+        outcome = Objective(decoder.to(device), adapter, config)(batch.to(torch.device(device)))
+        outcome.loss.backward()
+        outcomes.append(outcome)
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in adapter.parameters()]))  # type: ignore[union-attr]
+    torch.testing.assert_close(outcomes[1].loss.cpu(), outcomes[0].loss, rtol=1e-3, atol=0)
+    assert (gradients[1] - gradients[0]).norm() < 1e-2 * gradients[0].norm()
+    assert outcomes[0].valid_BAM.shape[-1] == M
+
+
+def test_captured_steps_sample_as_the_cpu_does() -> None:
+    """Greedy, fp32: the same conversations, transitions included."""
+    conversations = []
+    for device in ("cpu", "cuda"):
+        decoder = make_decoder().to(device)
+        sampler = BatchSampler(
+            decoder, (2, 7), (2, 9), [2], slots=3, limits=Limits(120, 20, 30), seed=0
+        )
+        scripts = (Script((5, 6 + i % 40), False, 1, 0.0, 0.0) for i in itertools.count())
+        ended = [e for group in itertools.islice(sampler.run(scripts), 16) for e in group]
+        conversations.append({script.prefix: tuple(ids) for script, ids in ended})
+    common = conversations[0].keys() & conversations[1].keys()
+    assert len(common) >= 3
+    for prefix in common:
+        assert conversations[0][prefix] == conversations[1][prefix]
+
+
+def test_noise_of_a_captured_graph_changes_at_every_step() -> None:
+    decoder = make_decoder().cuda()
+    sampler = BatchSampler(decoder, (), (), [], slots=2, limits=Limits(100, 10, 90), seed=0)
+    scripts = (Script((5,), True, 0, 1.0, 1.0) for _ in itertools.count())
+    ended = [e for group in itertools.islice(sampler.run(scripts), 10) for e in group]
+    texts = {tuple(ids) for _, ids in ended}
+    assert len(texts) == len(ended) >= 2
+    assert all(len(set(ids)) > 10 for ids in texts)
