@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.utils.logging import disable_progress_bar
 
@@ -100,6 +100,40 @@ def tiny_tokenizer(folder: Path) -> Path:
         "pad_token": "<|endoftext|>",
         "chat_template": CHAT_TEMPLATE,
     }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tiny_sentencepiece_tokenizer(folder: Path, decoder: decoders.Decoder | None = None) -> Path:
+    """Write a tokenizer in the manner of Llama 2: spaces are ``▁``, other characters bytes.
+
+    ``decoder`` is by default that of Llama 2.
+    """
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoder or decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>", *byte_tokens],
+        max_token_length=8,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fields = json.loads(tokenizer.to_str())
+    # The trainer knows byte tokens only as special ones.
+    fields["added_tokens"] = fields["added_tokens"][:3]
+    (folder / "tokenizer.json").write_text(json.dumps(fields))
+    config = {"tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 

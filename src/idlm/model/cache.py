@@ -14,7 +14,7 @@ from filelock import FileLock
 from idlm.errors import ResourceError
 
 # Raise when the conversion changes, so that models in the cache are converted again.
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 
 
 def cache_folder() -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from idlm.errors import ResourceError
@@ -25,13 +26,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(descriptor)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
     except OSError as error:
         raise _unwritable(path, error) from error
-    temporary = Path(name)
     try:
         yield temporary
+        os.chmod(temporary, mode)  # safetensors makes files that only their owner can read
         os.replace(temporary, path)
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -48,11 +50,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write ``tensors`` (any device) as safetensors, atomically."""
     with replacing(path) as temporary:
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-            temporary,
-            metadata={"format": "pt"},
-        )
+        contents = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        try:
+            save_file(contents, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # what it makes of any OSError
+            raise OSError(str(error)) from error
 
 
 def _unwritable(path: Path, error: OSError) -> ResourceError:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from idlm.errors import CheckpointError, UnsupportedModelError
 from idlm.model import cache
 from idlm.model.config import ModelConfig, RopeConfig
-from idlm.model.files import write_json
+from idlm.model.files import write_json, write_safetensors
 from idlm.model.gguf_tokenizer import write_tokenizer
 from idlm.model.tensor_map import check_tensors, tensor_map
 
@@ -318,7 +317,7 @@ def _write_weights(
             for name, tensor in shard.items():
                 converted[name] = _dequantised(name, tensor, config)
                 progress.advance(task, _converted_bytes(tensor))
-            save_file(converted, folder / file, metadata={"format": "pt"})
+            write_safetensors(folder / file, converted)
             weight_map |= dict.fromkeys(converted, file)
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 
 from idlm.errors import UnsupportedModelError
 from idlm.model.files import write_json
@@ -85,22 +86,30 @@ def write_tokenizer(gguf: Path, fields: Mapping[str, Any], folder: Path) -> None
         raise UnsupportedModelError(
             f"tokenizer {kind!r} is not supported; use the safetensors form of the model."
         )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    tokens = fields["tokenizer.ggml.tokens"]
     config: dict[str, Any] = {
         "tokenizer_class": "TokenizersBackend",
-        "model_max_length": int(1e30),
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", add_bos),
-        "add_eos_token": fields.get("tokenizer.ggml.add_eos_token", False),
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token_id = fields.get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None:
-            config[f"{name}_token"] = tokens[token_id]
+            config[f"{name}_token"] = fields["tokenizer.ggml.tokens"][token_id]
+    tokenizer.post_processor = _frame(
+        tokenizer,
+        config.get("bos_token") if fields.get("tokenizer.ggml.add_bos_token", add_bos) else None,
+        config.get("eos_token") if fields.get("tokenizer.ggml.add_eos_token") else None,
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
     if template := fields.get("tokenizer.chat_template"):
         config["chat_template"] = template
     write_json(folder / "tokenizer_config.json", config)
+
+
+def _frame(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> TemplateProcessing:
+    """What puts ``bos`` before and ``eos`` after a text."""
+    parts = [part for part in (bos, "$A", eos) if part is not None]
+    special = [(token, tokenizer.token_to_id(token)) for token in parts if token != "$A"]
+    return TemplateProcessing(single=parts, special_tokens=special)
 
 
 def _byte_level(fields: Mapping[str, Any]) -> Tokenizer:
@@ -144,6 +153,7 @@ def _sentence_piece(gguf: Path) -> Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).backend_tokenizer
     except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModelError(
-            f"its tokenizer cannot be converted ({error}); use the safetensors form of the model."
+            f"its tokenizer cannot be converted ({reason}); use the safetensors form of the model."
         ) from error

@@ -9,12 +9,12 @@ import codecs
 import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, processors
+from tokenizers import decoders
 
 from idlm.errors import CheckpointError, InvalidRequestError
 from idlm.model.chat_template import ChatTemplate
@@ -40,8 +40,6 @@ class Tokenizer:
         self._special = {name: token for name, token in special.items() if token is not None}
         template = _default_template(config.get("chat_template"))
         self._template = None if template is None else ChatTemplate(template, self._special)
-        if "add_bos_token" in config or "add_eos_token" in config:
-            self._frame(bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
         eos_id = backend.token_to_id(self._special.get("eos_token", ""))
         self.eos_token_ids: tuple[int, ...] = () if eos_id is None else (eos_id,)
         added = backend.get_added_tokens_decoder()
@@ -135,9 +133,10 @@ class Tokenizer:
 
     def decode_inside(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` where other text stands before them, special tokens included."""
-        anchor_id, anchor = self._anchor()
+        anchor_id, anchor = self._anchor
         return self.decode([anchor_id, *ids], skip_special_tokens=False)[len(anchor) :]
 
+    @cached_property
     def _anchor(self) -> tuple[int, str]:
         """A token with a text of its own, to stand before others."""
         for token_id in range(self.backend.get_vocab_size()):
@@ -147,16 +146,6 @@ class Tokenizer:
             if text := self.decode([token_id]):
                 return token_id, text
         raise CheckpointError("The tokenizer has no ordinary token; fetch the model again.")
-
-    def _frame(self, add_bos: bool, add_eos: bool) -> None:
-        """Make `encode` add the tokens that `tokenizer_config.json` asks for, and no others."""
-        bos = self._special.get("bos_token") if add_bos else None
-        eos = self._special.get("eos_token") if add_eos else None
-        names = [token for token in (bos, "$A", eos) if token is not None]
-        used = [(t, self.backend.token_to_id(t)) for t in names if t != "$A"]
-        self.backend.post_processor = processors.TemplateProcessing(
-            single=names, special_tokens=used
-        )
 
 
 class Detokenizer:
@@ -216,10 +205,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(config, dict):
+            raise ValueError(f"{path.name} is not a JSON object")
         template = folder / "chat_template.jinja"
         if template.exists():
             config["chat_template"] = template.read_text(encoding="utf-8")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"The tokenizer files in {folder} cannot be read ({error}); fetch the model again."
         ) from error
@@ -234,9 +225,10 @@ def _convert_other_form(folder: Path) -> tokenizers.Tokenizer:
     try:
         return AutoTokenizer.from_pretrained(folder).backend_tokenizer
     except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             f"No usable tokenizer in {folder}: there is no tokenizer.json, and the other files "
-            f"cannot be converted ({error}); add the model's tokenizer.json."
+            f"cannot be converted ({reason}); add the model's tokenizer.json."
         ) from error
 
 
