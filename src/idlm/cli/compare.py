@@ -71,13 +71,15 @@ def run(args: argparse.Namespace, llm: LLM, prompt: str, params: SamplingParams)
     terminal = Terminal(sys.stdout)
     terminal.line("AR, one token per forward:", "bold")
     ar = print_stream(stream(ar_llm, prompt, params, raw=args.raw), terminal)
-    terminal.line(figures(ar.stats) + "\n", "dim")
+    terminal.line(figures(ar.stats), "dim")
+    terminal.line()
     terminal.line(f"I-DLM, {args.layout} layout, up to {args.stride} tokens per forward:", "bold")
     colours = SourceColours(llm.tokenizer) if args.show and terminal.coloured else None
     idlm = print_stream(stream(llm, prompt, params, raw=args.raw), terminal, colours)
     if colours is not None:
         terminal.line(legend(terminal))
-    terminal.line(figures(idlm.stats) + "\n", "dim")
+    terminal.line(figures(idlm.stats), "dim")
+    terminal.line()
     terminal.line(f"{_verdict(llm, ar, idlm)} I-DLM is {_speedup(ar, idlm):.2f}x as fast.", "bold")
 
 

@@ -99,13 +99,13 @@ def legend(terminal: Terminal) -> str:
     """What the colours of `SourceColours` mean."""
     draft = terminal.style("accepted draft", "draft")
     correction = terminal.style("correction of a rejected draft", "correction")
-    return f"{draft}  {correction}  plain: sampled, no draft was tested"
+    return f"{draft}  {correction}  plain: sampled after the drafts"
 
 
 def figures(stats: DecodeStats) -> str:
     """One line: tokens, speed, tokens per forward and acceptance."""
     parts = [
-        f"{stats.tokens} tokens",
+        f"{stats.tokens} token{'' if stats.tokens == 1 else 's'}",
         f"{stats.tokens_per_second:.1f} tokens/s",
         f"{stats.tokens_per_forward:.2f} tokens per forward",
     ]
