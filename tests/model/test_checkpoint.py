@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from idlm.errors import CheckpointError, UnsupportedModelError
+from idlm.errors import CheckpointError, ResourceError, UnsupportedModelError
 from idlm.model import checkpoint, default_model
 from idlm.model.checkpoint import HUB_FILES, load_config, load_decoder, resolve
 from idlm.model.decoder import Decoder
@@ -201,6 +201,19 @@ def test_damage_is_told_before_memory_is_taken(
     expected = damage(folder)
     monkeypatch.delattr(checkpoint, "_empty_decoder")
     with pytest.raises((CheckpointError, UnsupportedModelError), match=f"(?s){expected}"):
+        _load(folder)
+
+
+def test_too_little_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+
+    def full(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("dtype") == torch.float32:
+            raise torch.OutOfMemoryError("out of memory")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(ResourceError, match=r"needs 0\.0 GB on cpu.*another device or a smaller"):
         _load(folder)
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from idlm.errors import CheckpointError, UnsupportedModelError
+from idlm.errors import CheckpointError, ResourceError, UnsupportedModelError
 from idlm.model import default_model
 from idlm.model.config import ModelConfig
 from idlm.model.decoder import Decoder
@@ -91,6 +91,7 @@ def load_decoder(folder: Path, *, device: torch.device | str, dtype: torch.dtype
     Raises:
         CheckpointError: a file or tensor is missing, unexpected, truncated or of wrong shape.
         UnsupportedModelError: as `load_config`.
+        ResourceError: the device has too little memory.
     """
     config = load_config(folder)
     places = tensor_map(config)
@@ -100,7 +101,7 @@ def load_decoder(folder: Path, *, device: torch.device | str, dtype: torch.dtype
     parameters = dict(decoder.named_parameters())
     for path, names in files.items():
         with safe_open(path, framework="pt") as tensors:
-            for name in names & places.keys():
+            for name in sorted(names & places.keys()):
                 place = places[name]
                 parameter = parameters[place.parameter]
                 parameter[place.start : place.start + place.shape[0]] = tensors.get_tensor(name)
@@ -114,7 +115,14 @@ def _empty_decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype
     # Not `to_empty`: on meta tensors it imports the compiler, which takes seconds.
     for module in decoder.modules():
         for name, meta in module.named_parameters(recurse=False):
-            memory = torch.empty(meta.shape, dtype=dtype, device=device)
+            try:
+                memory = torch.empty(meta.shape, dtype=dtype, device=device)
+            except torch.OutOfMemoryError as error:
+                size = sum(p.numel() for p in decoder.parameters()) * dtype.itemsize
+                raise ResourceError(
+                    f"The model needs {size / 1e9:.1f} GB on {device}, which has less free; use "
+                    "another device or a smaller model."
+                ) from error
             setattr(module, name, nn.Parameter(memory, requires_grad=False))
     return decoder.eval()
 
