@@ -33,7 +33,7 @@ class ConvertConfig:
         head_lr: peak learning rate of the sampler head.
         warmup: share of the run in which the learning rate rises.
         weight_decay: AdamW's.
-        clip: largest norm of the gradient.
+        clip: largest norm of the gradient of the LoRA, the mask embedding and the head each.
         ema: decay of the weights' moving average, which is what is saved; 0: off.
         tv_weight: weight of the total-variation term beside the KL divergence.
         place_decay: weight of place ``j`` of a block is ``place_decay ** (j - 1)``.
@@ -59,7 +59,7 @@ class ConvertConfig:
     steps: int | None = None
     minutes: float | None = None
     lr: float = 1e-3
-    head_lr: float = 1e-3
+    head_lr: float = 5e-4
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip: float = 1.0

@@ -21,9 +21,14 @@ class MasterAdamW:
             {name: m.clone() for name, m in self.masters.items()} if config.ema else self.masters
         )
         head = [m for name, m in self.masters.items() if name.startswith("head.")]
-        rest = [m for name, m in self.masters.items() if not name.startswith("head.")]
+        mask = [self.masters["mask_embedding"]]
+        lora = [m for name, m in self.masters.items() if name.startswith("lora.")]
         self._adamw = torch.optim.AdamW(
-            [{"params": rest, "peak": config.lr}, {"params": head, "peak": config.head_lr}],
+            [
+                {"params": lora, "peak": config.lr},
+                {"params": mask, "peak": config.lr},
+                {"params": head, "peak": config.head_lr},
+            ],
             lr=0.0,
             betas=(0.9, 0.98),
             weight_decay=config.weight_decay,
@@ -42,9 +47,11 @@ class MasterAdamW:
     def step(self, progress: float, number: int) -> torch.Tensor:
         """One update at the learning rate of ``progress`` (0 to 1); returns the gradient norm."""
         masters = list(self.masters.values())
-        norm = torch.nn.utils.clip_grad_norm_(masters, self.config.clip)
+        norms = []
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * schedule(progress, self.config.warmup)
+            # The head's gradient is a hundred times the LoRA's: a common clip would be its own.
+            norms.append(torch.nn.utils.clip_grad_norm_(group["params"], self.config.clip))
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
         torch._foreach_copy_(list(self._live.values()), masters)
@@ -52,7 +59,7 @@ class MasterAdamW:
             # A young average follows faster, so that it forgets the initial weights.
             decay = min(self.config.ema, (1 + number) / (10 + number))
             torch._foreach_lerp_(list(self.averages.values()), masters, 1.0 - decay)
-        return norm
+        return torch.stack(norms).norm()
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything a resumed run needs, as named tensors."""

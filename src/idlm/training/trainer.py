@@ -108,6 +108,10 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         adapter = Adapter(self.adapter_config, decoder.config)
+        # A mask enters the residual stream at the scale of a token: much smaller, and its
+        # gradient (through the first norm) would be as much too large.
+        scale = decoder.embed.weight.float().square().mean().sqrt()
+        torch.nn.init.normal_(adapter.mask_embedding, std=scale.item())
         self.parameters = sum(p.numel() for p in adapter.parameters())
         self.decoder = decoder
         self.adapter = adapter.to(device=self.device, dtype=dtype)
