@@ -264,25 +264,29 @@ static void *scratch(size_t bytes) {
 
 /* ---- dot products --------------------------------------------------------------------------- */
 
-/* Widen n elements to fp32 in the order load_part yields, zero-padded to whole groups. */
-INLINE void pack_row(float *dst, const char *src, bool half, int64_t n) {
-    const int64_t group_bytes = GROUP * (half ? 2 : 4), full = n / GROUP;
-    for (int64_t g = 0; g < full; g++)
-        for (int part = 0; part < 2; part++) {
-            vf v = load_part(src + g * group_bytes, half, part);
-            memcpy(dst + g * GROUP + part * VL, &v, sizeof v);
+/* Room for n elements in whole groups. */
+INLINE int64_t padded(int64_t n) { return ceil_div(n, GROUP) * GROUP; }
+
+/* Widen row r of a tile of `rows` rows to fp32, group by group in the order of load_part,
+ * zero-padded. The groups of the rows alternate, so that the inner loop reads one dense stream. */
+INLINE void pack_row(float *tile, int64_t rows, int64_t r, const char *src, bool half, int64_t n) {
+    const int64_t size = half ? 2 : 4;
+    for (int64_t g = 0; g < n; g += GROUP) {
+        char tail[GROUP * 4];
+        const char *p = src + g * size;
+        if (n - g < GROUP) {
+            memset(tail, 0, sizeof tail);
+            memcpy(tail, p, (n - g) * size);
+            p = tail;
         }
-    const int64_t rest = n - full * GROUP;
-    if (!rest) return;
-    char tail[GROUP * 4] = {0};
-    memcpy(tail, src + full * group_bytes, rest * (half ? 2 : 4));
-    for (int part = 0; part < 2; part++) {
-        vf v = load_part(tail, half, part);
-        memcpy(dst + full * GROUP + part * VL, &v, sizeof v);
+        for (int part = 0; part < 2; part++) {
+            const vf v = load_part(p, half, part);
+            memcpy(tile + g * rows + r * GROUP + part * VL, &v, sizeof v);
+        }
     }
 }
 
-INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x, int64_t x_stride,
+INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x,
                      const char *w, int64_t w_stride) {
 #pragma GCC unroll 2
     for (int part = 0; part < 2; part++) {
@@ -291,7 +295,7 @@ INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x, 
         for (int o = 0; o < OB; o++) wv[o] = load_part(w + o * w_stride, half, part);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
-            const vf xv = vload(x + r * x_stride + part * VL);
+            const vf xv = vload(x + r * GROUP + part * VL);
 #pragma GCC unroll 8
             for (int o = 0; o < OB; o++) acc[r][o] = vfma(xv, wv[o], acc[r][o]);
         }
@@ -301,8 +305,8 @@ INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x, 
     }
 }
 
-/* out[r * out_stride + o] = the dot product of packed row r with weight row o. */
-INLINE void dot_block(float *out, int64_t out_stride, const int rows, bool half, const float *x, int64_t x_stride,
+/* out[r * out_stride + o] = the dot product of row r of the packed tile with weight row o. */
+INLINE void dot_block(float *out, int64_t out_stride, const int rows, bool half, const float *x,
                       const char *w, int64_t w_stride, int64_t n, int64_t ahead, int phase,
                       int period) {
     const int64_t group_bytes = GROUP * (half ? 2 : 4), full = n / GROUP;
@@ -320,14 +324,14 @@ INLINE void dot_block(float *out, int64_t out_stride, const int rows, bool half,
                 for (int64_t line = 0; line < group_bytes; line += 64)
                     __builtin_prefetch(p + ahead + o * w_stride + line, 0, 2);
         }
-        dot_step(acc, rows, half, x + g * GROUP, x_stride, p, w_stride);
+        dot_step(acc, rows, half, x + g * rows * GROUP, p, w_stride);
     }
     const int64_t rest = n - full * GROUP;
     if (rest) {
         char tail[OB][GROUP * 4] = {{0}};
         for (int o = 0; o < OB; o++)
             memcpy(tail[o], w + o * w_stride + full * group_bytes, rest * (half ? 2 : 4));
-        dot_step(acc, rows, half, x + full * GROUP, x_stride, tail[0], sizeof tail[0]);
+        dot_step(acc, rows, half, x + full * rows * GROUP, tail[0], sizeof tail[0]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
@@ -347,14 +351,13 @@ INLINE void dot_block(float *out, int64_t out_stride, const int rows, bool half,
         case 6: if (RB >= 6) CALL(6); break; \
     }
 
-#define DEFINE_DOT(NAME)                                                                   \
-    static void NAME(float *out, int64_t os, int rows, const float *x, int64_t xs,         \
-                     const char *w, int64_t ws, int64_t n, int64_t ahead, int phase,       \
-                     int period) {                                                         \
-        DISPATCH_ROWS(rows, NAME##_call)                                                   \
+#define DEFINE_DOT(NAME)                                                                     \
+    static void NAME(float *out, int64_t os, int rows, const float *x, const char *w,        \
+                     int64_t ws, int64_t n, int64_t ahead, int phase, int period) {          \
+        DISPATCH_ROWS(rows, NAME##_call)                                                     \
     }
-#define dot_bf16_call(R) dot_block(out, os, R, true, x, xs, w, ws, n, ahead, phase, period)
-#define dot_fp32_call(R) dot_block(out, os, R, false, x, xs, w, ws, n, ahead, phase, period)
+#define dot_bf16_call(R) dot_block(out, os, R, true, x, w, ws, n, ahead, phase, period)
+#define dot_fp32_call(R) dot_block(out, os, R, false, x, w, ws, n, ahead, phase, period)
 DEFINE_DOT(dot_bf16)
 DEFINE_DOT(dot_fp32)
 
@@ -377,17 +380,20 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
     const int64_t rows = min64(a->row_block, a->rows - row0);
     const int64_t begin = index % a->out_tasks * a->out_block;
     const int64_t end = min64(a->out, begin + a->out_block);
-    const int64_t xs = ceil_div(a->in, GROUP) * GROUP + VL; /* + VL: rows in different cache sets */
+    const int64_t xs = padded(a->in), tiles = ceil_div(rows, RB), w_stride = a->in * size;
     float *x = scratch(rows * (xs * sizeof(float) + sizeof(char *)));
     char **y = (char **)(x + rows * xs);
-    for (int64_t r = 0; r < rows; r++) {
-        const int64_t b = (row0 + r) / a->inner, i = (row0 + r) % a->inner;
-        pack_row(x + r * xs, a->x + (b * a->x_batch + i * a->x_row) * size, half, a->in);
-        y[r] = a->y + (b * a->y_batch + i * a->y_row) * size;
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
+        for (int64_t r = r0; r < r1; r++) {
+            const int64_t b = (row0 + r) / a->inner, i = (row0 + r) % a->inner;
+            const char *src = a->x + (b * a->x_batch + i * a->x_row) * size;
+            pack_row(x + r0 * xs, r1 - r0, r - r0, src, half, a->in);
+            y[r] = a->y + (b * a->y_batch + i * a->y_row) * size;
+        }
     }
 
     /* All row tiles pass over one chunk of weights; each pass prefetches its share of the next. */
-    const int64_t tiles = ceil_div(rows, RB), w_stride = a->in * size;
     for (int64_t chunk = begin; chunk < end; chunk += W_CHUNK) {
         const int64_t chunk_end = min64(end, chunk + W_CHUNK);
         for (int64_t t = 0; t < tiles; t++) {
@@ -395,7 +401,7 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
             for (int64_t o = chunk, n; o < chunk_end; o += n) {
                 n = chunk_end - o < OB ? 1 : OB; /* the last outputs go one by one: stride 0 */
                 v4f sums[RB];
-                (half ? dot_bf16 : dot_fp32)((float *)sums, OB, (int)(r1 - r0), x + r0 * xs, xs,
+                (half ? dot_bf16 : dot_fp32)((float *)sums, OB, (int)(r1 - r0), x + r0 * xs,
                                              a->w + o * w_stride, n == OB ? w_stride : 0, a->in,
                                              W_CHUNK * w_stride, (int)t, (int)tiles);
                 v4f bias = {0};
@@ -436,10 +442,10 @@ EXPORT void idlm_linear(int half, const void *x, int64_t x_batch, int64_t x_row,
  * up to a multiple of VL. */
 static float softmax(float *s, int64_t n, float scale) {
     if (n == 0) return 0;
-    const int64_t padded = ceil_div(n, VL) * VL;
-    for (int64_t i = n; i < padded; i++) s[i] = -__builtin_inff();
+    const int64_t whole = ceil_div(n, VL) * VL;
+    for (int64_t i = n; i < whole; i++) s[i] = -__builtin_inff();
     vf m = vload(s);
-    for (int64_t i = VL; i < padded; i += VL) {
+    for (int64_t i = VL; i < whole; i += VL) {
         const vf v = vload(s + i);
         const vu greater = (vu)(v > m);
         m = (vf)(((vu)v & greater) | ((vu)m & ~greater));
@@ -447,7 +453,7 @@ static float softmax(float *s, int64_t n, float scale) {
     float max = m[0];
     for (int i = 1; i < VL; i++) max = m[i] > max ? m[i] : max;
     vf sum = {0};
-    for (int64_t i = 0; i < padded; i += VL) {
+    for (int64_t i = 0; i < whole; i += VL) {
         const vf e = vexp((vload(s + i) - max) * scale);
         memcpy(s + i, &e, sizeof e);
         sum += e;
@@ -555,7 +561,7 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
     const char *k = a->k + kv_offset, *v = a->v + kv_offset;
     const int64_t stride = a->kv_row * size;
 
-    const int64_t qs = ceil_div(D, GROUP) * GROUP, ss = ceil_div(keys + OB, VL) * VL + VL;
+    const int64_t qs = padded(D), ss = ceil_div(keys + OB, VL) * VL + VL;
     float *q = scratch(rows * (2 * qs + ss) * sizeof(float) + keys + OB);
     float *o = q + rows * qs, *s = o + rows * qs;
     uint8_t *seen = (uint8_t *)(s + rows * ss);
@@ -564,7 +570,7 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
         row[i] = (m0 + i) / a->group;
         const int64_t offset = b * a->q_batch + row[i] * a->q_row +
                                (head * a->group + (m0 + i) % a->group) * a->q_head;
-        pack_row(q + i * qs, a->q + offset * size, half, D);
+        pack_row(q, rows, i, a->q + offset * size, half, D);
     }
     memset(o, 0, rows * qs * sizeof(float));
     mark_visible(a, b, row, rows, seen);
@@ -579,7 +585,7 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
         /* Straight to their places if all rows see the block and have seen as many keys. */
         const bool direct = even && n == OB && any == all * 0x01010101u;
         float block[RB * OB];
-        (half ? dot_bf16 : dot_fp32)(direct ? s + count[0] : block, direct ? ss : OB, rows, q, qs,
+        (half ? dot_bf16 : dot_fp32)(direct ? s + count[0] : block, direct ? ss : OB, rows, q,
                                      k + j * stride, n == OB ? stride : 0, D, 2 * OB * stride, 0,
                                      1);
         if (direct) {
