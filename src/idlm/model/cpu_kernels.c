@@ -372,7 +372,7 @@ typedef struct {
     bool accumulate;
 } Linear;
 
-#define W_CHUNK 32 /* weight rows that stay in cache while all row tiles pass over them */
+#define W_CHUNK 16 /* weight rows that stay in cache while all row tiles pass over them */
 
 INLINE void linear_task(const Linear *a, int64_t index, bool half) {
     const int64_t size = half ? 2 : 4;
@@ -430,7 +430,7 @@ EXPORT void idlm_linear(int half, const void *x, int64_t x_batch, int64_t x_row,
                 .in = in, .out = out, .accumulate = accumulate};
     threads = useful_threads(threads, (1 + rows / 2) * in * out / VL);
     a.row_block = min64(rows, max64(RB, budget / ((in + GROUP) * 4) / RB * RB));
-    a.out_block = max64(W_CHUNK, ceil_div(ceil_div(out, threads * 4), OB) * OB);
+    a.out_block = max64(W_CHUNK, ceil_div(ceil_div(out, threads * 2), OB) * OB);
     a.out_tasks = ceil_div(out, a.out_block);
     parallel_for(half ? linear_task_bf16 : linear_task_fp32, &a,
                  ceil_div(rows, a.row_block) * a.out_tasks, threads);
