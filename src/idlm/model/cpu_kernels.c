@@ -341,10 +341,10 @@ INLINE void dot_block(float *out, int64_t out_stride, const int rows, bool half,
 }
 
 /* Call CALL(n) with n = rows as a compile-time constant, 1 <= rows <= RB. */
-#define DISPATCH_ROWS(rows, CALL)        \
-    switch (rows) {                      \
-        case 1: CALL(1); break;          \
-        case 2: CALL(2); break;          \
+#define DISPATCH_ROWS(rows, CALL)            \
+    switch (rows) {                          \
+        case 1: CALL(1); break;              \
+        case 2: CALL(2); break;              \
         case 3: if (RB >= 3) CALL(3); break; \
         case 4: if (RB >= 4) CALL(4); break; \
         case 5: if (RB >= 5) CALL(5); break; \
