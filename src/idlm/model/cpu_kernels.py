@@ -109,20 +109,21 @@ def linear(
     if x_step != 1:
         x = x.contiguous()
         x_batch, x_row, _ = x.stride()
+    fits = (
+        weight_width == width
+        and weight.dtype is dtype
+        and weight.stride() == (width, 1)
+        and (bias is None or (bias.dtype is dtype and bias.shape == (features,)))
+    )
     if out is None:
         if accumulate:
             raise ValueError("accumulate needs the tensor to add to: pass out.")
         out = torch.empty((batch, inner, features), dtype=dtype)
-    y_batch, y_row, y_step = out.stride()
-    if (
-        weight_width != width
-        or weight.stride() != (width, 1)
-        or weight.dtype is not dtype
-        or out.shape != (batch, inner, features)
-        or out.dtype is not dtype
-        or y_step != 1
-        or not (bias is None or (bias.dtype is dtype and bias.shape == (features,)))
-    ):
+        y_batch, y_row = inner * features, features
+    else:
+        y_batch, y_row, y_step = out.stride()
+        fits &= out.dtype is dtype and y_step == 1 and out.shape == (batch, inner, features)
+    if not fits:
         raise ValueError(
             "linear needs x [..., in], a contiguous weight [out, in], bias [out] and out "
             f"[..., out] of one dtype; got {_describe(x, weight, bias, out)}."
