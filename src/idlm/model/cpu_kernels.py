@@ -229,108 +229,6 @@ def attention(
     return out_BRQD
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None (after one warning) where they cannot be had."""
-    try:
-        library = ctypes.CDLL(str(_build()))
-    except (OSError, subprocess.SubprocessError, ResourceError) as error:
-        _log.warning(
-            "Fast CPU kernels are off, torch is used instead (slower, and bf16 results may depend "
-            "on the number of rows): %s. To switch them on, install a C compiler (for example gcc) "
-            "or name one in CC.",
-            error,
-        )
-        return None
-    for name, argtypes in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes = argtypes
-        checked = name in ("idlm_attention", "idlm_append")
-        function.restype = ctypes.c_bool if checked else None
-    library.idlm_init(_torch_thread_pool())
-    return library
-
-
-@functools.cache
-def _native() -> ctypes.CDLL:
-    library = _library()
-    if library is None:
-        raise ResourceError("The CPU kernels are not available; see the warning above.")
-    return library
-
-
-def _build() -> Path:
-    """Path of the shared library for this source, compiler and CPU; compiled if need be."""
-    compiler = _compiler()
-    version = _run([*compiler, "--version"])
-    key = "\0".join([_SOURCE.read_text("utf-8"), *compiler, version, *_FLAGS, _cpu()])
-    folder = models_folder().parent / "kernels"
-    target = folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    # Two processes may both compile; either result is whole, and the same.
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        built = Path(temporary) / target.name
-        _run([*compiler, *_FLAGS, "-o", str(built), str(_SOURCE)])
-        os.replace(built, target)
-    return target
-
-
-def _compiler() -> list[str]:
-    if command := shlex.split(os.environ.get("CC", "")):
-        return command
-    for name in ("cc", "gcc", "clang"):
-        if shutil.which(name):
-            return [name]
-    raise ResourceError("no C compiler (cc, gcc or clang) was found")
-
-
-def _run(command: list[str]) -> str:
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
-    if result.returncode:
-        raise ResourceError(f"{shlex.join(command)} failed: {result.stderr.strip()[-500:]}")
-    return result.stdout
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on: the CPU's name and features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _torch_thread_pool() -> int | None:
-    """Address of `GOMP_parallel` in the OpenMP runtime that torch runs.
-
-    A runtime of our own would keep a second pool of threads, spinning against torch's. LLVM's and
-    Intel's runtimes have the function too.
-    """
-    for path in _openmp_runtimes():
-        try:
-            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, _POINTER).value
-        except (OSError, AttributeError):
-            continue
-    _log.warning("torch's OpenMP runtime was not found: the CPU kernels use one thread.")
-    return None
-
-
-def _openmp_runtimes() -> list[str]:
-    """Loaded OpenMP libraries, torch's own first."""
-    bundled = Path(torch.__file__).parent / "lib"
-    try:
-        maps = Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()
-        paths = {line.split(maxsplit=5)[-1] for line in maps if "omp" in line}
-    except OSError:
-        paths = {str(path) for path in bundled.iterdir()}
-    names = ("libgomp", "libiomp5", "libomp")
-    loaded = [path for path in sorted(paths) if Path(path).name.startswith(names)]
-    return sorted(loaded, key=lambda path: not path.startswith(str(bundled)))
-
-
 def append(x_BRKD: torch.Tensor, cache_BKSD: torch.Tensor, start_B: torch.Tensor) -> None:
     """Write in-flight keys or values into the cache: row ``r`` goes to index ``start_b + r``.
 
@@ -446,29 +344,134 @@ def _row_wise(
     name: str, x: torch.Tensor, width: int, a: int | None, b: int | None, eps: float
 ) -> torch.Tensor:
     """Run a kernel that maps each row of ``x`` to a row of ``width`` elements."""
-    *lead, _ = x.shape
-    *strides, step = x.stride()
-    if len(lead) > 3 or step != 1:
+    shape, strides, dtype = x.shape, x.stride(), x.dtype
+    missing = 4 - len(shape)
+    if missing < 0 or strides[-1] != 1:
         raise ValueError(
             f"{name} needs at most 3 leading dimensions and a dense last one; got {_describe(x)}."
         )
-    out = torch.empty((*lead, width), dtype=x.dtype)
-    missing = 3 - len(lead)
+    n0, n1, n2, _ = (1,) * missing + shape
+    stride0, stride1, stride2, _ = (0,) * missing + strides
+    out = torch.empty((*shape[:-1], width), dtype=dtype)
     getattr(_native(), name)(
-        x.dtype is torch.bfloat16,
+        dtype is torch.bfloat16,
         x.data_ptr(),
-        *[0] * missing,
-        *strides,
+        stride0,
+        stride1,
+        stride2,
         a,
         b,
         out.data_ptr(),
-        *[1] * missing,
-        *lead,
+        n0,
+        n1,
+        n2,
         width,
         eps,
         torch.get_num_threads(),
     )
     return out
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None (after one warning) where they cannot be had."""
+    try:
+        library = ctypes.CDLL(str(_build()))
+    except (OSError, subprocess.SubprocessError, ResourceError) as error:
+        _log.warning(
+            "Fast CPU kernels are off, torch is used instead (slower, and bf16 results may depend "
+            "on the number of rows): %s. To switch them on, install a C compiler (for example gcc) "
+            "or name one in CC.",
+            error,
+        )
+        return None
+    for name, argtypes in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes = argtypes
+        checked = name in ("idlm_attention", "idlm_append")
+        function.restype = ctypes.c_bool if checked else None
+    library.idlm_init(_torch_thread_pool())
+    return library
+
+
+@functools.cache
+def _native() -> ctypes.CDLL:
+    library = _library()
+    if library is None:
+        raise ResourceError("The CPU kernels are not available; see the warning above.")
+    return library
+
+
+def _build() -> Path:
+    """Path of the shared library for this source, compiler and CPU; compiled if need be."""
+    compiler = _compiler()
+    version = _run([*compiler, "--version"])
+    key = "\0".join([_SOURCE.read_text("utf-8"), *compiler, version, *_FLAGS, _cpu()])
+    folder = models_folder().parent / "kernels"
+    target = folder / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    # Two processes may both compile; either result is whole, and the same.
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = Path(temporary) / target.name
+        _run([*compiler, *_FLAGS, "-o", str(built), str(_SOURCE)])
+        os.replace(built, target)
+    return target
+
+
+def _compiler() -> list[str]:
+    if command := shlex.split(os.environ.get("CC", "")):
+        return command
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return [name]
+    raise ResourceError("no C compiler (cc, gcc or clang) was found")
+
+
+def _run(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+    if result.returncode:
+        raise ResourceError(f"{shlex.join(command)} failed: {result.stderr.strip()[-500:]}")
+    return result.stdout
+
+
+def _cpu() -> str:
+    """What `-march=native` depends on: the CPU's name and features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _torch_thread_pool() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch runs.
+
+    A runtime of our own would keep a second pool of threads, spinning against torch's. LLVM's and
+    Intel's runtimes have the function too.
+    """
+    for path in _openmp_runtimes():
+        try:
+            return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, _POINTER).value
+        except (OSError, AttributeError):
+            continue
+    _log.warning("torch's OpenMP runtime was not found: the CPU kernels use one thread.")
+    return None
+
+
+def _openmp_runtimes() -> list[str]:
+    """Loaded OpenMP libraries, torch's own first."""
+    bundled = Path(torch.__file__).parent / "lib"
+    try:
+        maps = Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()
+        paths = {line.split(maxsplit=5)[-1] for line in maps if "omp" in line}
+    except OSError:
+        paths = {str(path) for path in bundled.iterdir()}
+    names = ("libgomp", "libiomp5", "libomp")
+    loaded = [path for path in sorted(paths) if Path(path).name.startswith(names)]
+    return sorted(loaded, key=lambda path: not path.startswith(str(bundled)))
 
 
 def _describe(*tensors: torch.Tensor | None) -> str:
