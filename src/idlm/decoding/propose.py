@@ -52,15 +52,19 @@ def propose(
         if head is not None:
             token_BH = decoder.embed(previous_B)
             state_BH = head.step(projected_BMW[:, j], token_BH, state_BH)
+            h_B1H = (hidden_BMH[:, j] + state_BH)[:, None].float()
             rows_BKH = decoder.output_weight[ids_B1K[:, 0]]
-            logits_B1K = torch.einsum("bkh,bh->bk", rows_BKH, hidden_BMH[:, j] + state_BH)[:, None]
+            logits_B1K = (rows_BKH.float() * h_B1H).sum(-1)[:, None]
         drafts_B1E = (
             torch.stack(tokens, dim=1)[:, None] if tokens else first_B[:, None, None][..., :0]
         )
         q_B1K = distribution(logits_B1K, sampling, drafts_B1E, ids_B1K)
-        place_B1 = (position_B + j)[:, None]
-        noise_BK = exponential(sampling.seed_B[:, None], place_B1, stream, ids_B1K[:, 0])
-        choice_B1 = sample(q_B1K[:, 0], noise_BK)[:, None]
+        if sampling.all_greedy:
+            choice_B1 = q_B1K.argmax(-1)
+        else:
+            place_B1 = (position_B + j)[:, None]
+            noise_BK = exponential(sampling.seed_B[:, None], place_B1, stream, ids_B1K[:, 0])
+            choice_B1 = sample(q_B1K[:, 0], noise_BK)[:, None]
         previous_B = ids_B1K[:, 0].gather(1, choice_B1).squeeze(1)
         tokens.append(previous_B)
         probs.append(q_B1K[:, 0])

@@ -105,24 +105,25 @@ class CachedAttention:
         visible_BRR: torch.Tensor,
         window: int | None = None,
     ) -> None:
-        B, R = positions_BR.shape
         self.k_LBKSD, self.v_LBKSD = k_LBKSD, v_LBKSD
         self.start_B, self.positions_BR, self.visible_BRR = start_B, positions_BR, visible_BRR
         self.window = window
-        device = positions_BR.device
-        self._slots_BR = start_B[:, None] + torch.arange(R, device=device)
-        self._batch_B1 = torch.arange(B, device=device)[:, None]
         self._native = cpu_kernels.usable(k_LBKSD)
-        self._span = int(start_B.max()) + R
-        self._bias_BRS: torch.Tensor | None = None
+        if not self._native:
+            B, R = positions_BR.shape
+            device = positions_BR.device
+            self._slots_BR = start_B[:, None] + torch.arange(R, device=device)
+            self._batch_B1 = torch.arange(B, device=device)[:, None]
+            self._span = int(start_B.max()) + R
+            self._bias_BRS = self._bias(k_LBKSD.dtype)
 
     def __call__(
         self, layer: int, q_BRQD: torch.Tensor, k_BRKD: torch.Tensor, v_BRKD: torch.Tensor
     ) -> torch.Tensor:
         k_BKSD, v_BKSD = self.k_LBKSD[layer], self.v_LBKSD[layer]
-        k_BKSD.transpose(1, 2)[self._batch_B1, self._slots_BR] = k_BRKD
-        v_BKSD.transpose(1, 2)[self._batch_B1, self._slots_BR] = v_BRKD
         if self._native:
+            cpu_kernels.append(k_BRKD, k_BKSD, self.start_B)
+            cpu_kernels.append(v_BRKD, v_BKSD, self.start_B)
             return cpu_kernels.attention(
                 q_BRQD,
                 k_BKSD,
@@ -133,8 +134,8 @@ class CachedAttention:
                 scale=q_BRQD.shape[-1] ** -0.5,
                 window=self.window,
             )
-        if self._bias_BRS is None:
-            self._bias_BRS = self._bias(q_BRQD.dtype)
+        k_BKSD.transpose(1, 2)[self._batch_B1, self._slots_BR] = k_BRKD
+        v_BKSD.transpose(1, 2)[self._batch_B1, self._slots_BR] = v_BRKD
         S = self._span
         return grouped_attention(q_BRQD, k_BKSD[:, :, :S], v_BKSD[:, :, :S], self._bias_BRS)
 

@@ -49,6 +49,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if cpu_kernels.usable(x):
+            return cpu_kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -57,8 +59,18 @@ def rotate(x_BRND: torch.Tensor, cos_BR1D: torch.Tensor, sin_BR1D: torch.Tensor)
 
     ``sin`` carries the sign of its first half.
     """
+    if cpu_kernels.usable(x_BRND):
+        return cpu_kernels.rotate(x_BRND, cos_BR1D, sin_BR1D)
     x1, x2 = x_BRND.chunk(2, dim=-1)
     return x_BRND * cos_BR1D + torch.cat((x2, x1), dim=-1) * sin_BR1D
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) * up`` of ``[..., 2 * I]``, gate first."""
+    if cpu_kernels.usable(gate_up):
+        return cpu_kernels.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class Layer(nn.Module):
@@ -102,11 +114,14 @@ class Layer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries and keys, and values: ``[B, R, heads, D]`` each."""
         qkv_BRW = self.qkv(self.attn_norm(x_BRH), lora.get("qkv"), num_masks)
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        q, k, v = qkv_BRW.unflatten(-1, (-1, self.head_dim)).split(heads, dim=2)
+        heads_BRND = qkv_BRW.unflatten(-1, (-1, self.head_dim))
+        qk, v = heads_BRND.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos_BR1D, sin_BR1D), rotate(k, cos_BR1D, sin_BR1D), v
+            q, k = qk.split((self.num_heads, self.num_kv_heads), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        qk = rotate(qk, cos_BR1D, sin_BR1D)
+        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=2)
+        return q, k, v
 
     def combine(
         self,
@@ -117,9 +132,8 @@ class Layer(nn.Module):
     ) -> torch.Tensor:
         """Residual stream after the attention's output projection and the SwiGLU MLP."""
         x_BRH = x_BRH + self.o(attended_BRQD.flatten(2), lora.get("o"), num_masks)
-        normed_BRH = self.mlp_norm(x_BRH)
-        gate, up = self.gate_up(normed_BRH, lora.get("gate_up"), num_masks).chunk(2, dim=-1)
-        return x_BRH + self.down(F.silu(gate) * up, lora.get("down"), num_masks)
+        gate_up = self.gate_up(self.mlp_norm(x_BRH), lora.get("gate_up"), num_masks)
+        return x_BRH + self.down(swiglu(gate_up), lora.get("down"), num_masks)
 
 
 class Decoder(nn.Module):
