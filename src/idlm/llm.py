@@ -237,20 +237,17 @@ class LLM:
     ) -> Iterator[Delta]:
         request = self._engine.add(ids, params)
         tokens = characters = 0
+        output = None
         try:
-            while tokens == 0 or not request.finished:
-                # Another stream of this LLM may have moved this request on too.
+            while output is None:
+                # Another stream of this LLM may have moved this request on, even to its end.
                 while len(request.token_ids) == tokens:
                     self._engine.step()
                 new = slice(tokens, len(request.token_ids))
                 text = request.text[characters:]
                 tokens, characters = new.stop, len(request.text)
-                yield Delta(
-                    text,
-                    request.token_ids[new],
-                    request.sources[new],
-                    _output(prompt, request) if request.finished else None,
-                )
+                output = _output(prompt, request) if request.finished else None
+                yield Delta(text, request.token_ids[new], request.sources[new], output)
         finally:
             self._engine.abort(request)
 
@@ -272,8 +269,11 @@ def _output(prompt: str | None, request: Request) -> RequestOutput:
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    many = list(prompts)
-    if many and all(isinstance(p, int) for p in many):
+    # Any iterable would do, but a dict would lose its values and bytes would become token ids.
+    many = list(prompts) if isinstance(prompts, (list, tuple)) else [None]
+    if not many:
+        raise InvalidRequestError("prompts is empty; give at least one prompt.")
+    if all(isinstance(p, int) for p in many):
         return [many]  # type: ignore[list-item]
     if not all(isinstance(p, (str, list, tuple)) for p in many):
         raise InvalidRequestError(
@@ -286,7 +286,9 @@ def _as_conversations(
     messages: Sequence[Message] | Sequence[Sequence[Message]],
 ) -> list[list[Message]]:
     many = list(messages)
-    if many and all(isinstance(m, dict) for m in many):
+    if not many:
+        raise InvalidRequestError("messages is empty; give at least one message.")
+    if all(isinstance(m, dict) for m in many):
         return [many]  # type: ignore[list-item]
     return [list(m) for m in many]  # type: ignore[arg-type]
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from idlm import LLM, SamplingParams
+from idlm.engine.request import Source
 from idlm.errors import InvalidRequestError
+from tests.support.tiny import tiny_model
 
 CHAT = [{"role": "user", "content": "Name three colours and say one thing about each."}]
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -56,7 +60,7 @@ def test_sources_name_what_each_token_was(llm: LLM, ids: list[int]) -> None:
     assert len(output.sources) == len(output.token_ids)
     assert output.sources[0] == "sampled"
     assert set(output.sources) <= {"sampled", "draft", "correction"}
-    assert output.sources.count("draft") <= output.stats.accepted
+    assert output.sources.count(Source.DRAFT) <= output.stats.accepted
 
 
 def test_stop_string_ends_the_text_before_it(llm: LLM, ids: list[int]) -> None:
@@ -142,14 +146,16 @@ def test_two_streams_at_once_do_not_mix(llm: LLM, ids: list[int]) -> None:
     assert got == alone
 
 
-def test_the_context_is_a_limit(llm: LLM) -> None:
-    context = llm.config.max_position_embeddings
-    output = llm.generate(
-        [5] * (context - 3), SamplingParams(temperature=0, ignore_eos=True, max_tokens=99)
-    )[0]
-    assert len(output.token_ids) == 3 and output.finish_reason == "length"
-    with pytest.raises(InvalidRequestError, match=f"context holds {context}"):
-        llm.generate([5] * context, GREEDY)
+def test_the_context_is_a_limit(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, max_position_embeddings=64, mask_token_id=7)
+    llm = LLM(folder, dtype="float32")
+    assert llm.layout.num_rows == 16  # rows beyond the context are no tokens: they do not count
+    for room in (3, 1):
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=99)
+        output = llm.generate([5] * (64 - room), params)[0]
+        assert len(output.token_ids) == room and output.finish_reason == "length"
+    with pytest.raises(InvalidRequestError, match="context holds 64"):
+        llm.generate([5] * 64, GREEDY)
 
 
 @pytest.mark.parametrize(
