@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from idlm.cli.main import main
-from idlm.model.adapter import LORA_FILE
+from idlm.model.adapter import FUSED_MODULES, LORA_FILE, load_adapter_config
 
 
 def info(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -30,8 +30,9 @@ def test_adapter(
 ) -> None:
     facts = info(adapter_folder, capsys)
     assert facts["kind"] == "adapter"
-    assert (facts["rank"], facts["stride_trained"]) == (4, 4)
-    assert facts["modules"] == ["o_proj", "down_proj"]
+    config = load_adapter_config(adapter_folder)
+    assert (facts["rank"], facts["stride_trained"]) == (config.rank, config.block_size + 1)
+    assert facts["modules"] == [m for fused in config.projections for m in FUSED_MODULES[fused]]
     assert facts["base_fingerprint"] == info(default_model_dir, capsys)["fingerprint"]
     assert facts["bytes"] == sum(p.stat().st_size for p in adapter_folder.glob("*.safetensors"))
 
@@ -39,8 +40,8 @@ def test_adapter(
 def test_lines_for_people(adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(adapter_folder)]) == 0
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    assert lines["modules"].strip() == "o_proj, down_proj"
-    assert lines["card"].strip() == "none"
+    assert "o_proj" in lines["modules"].split(", ")
+    assert lines["card"].strip() == str(adapter_folder / "README.md")
 
 
 def test_damaged_weights(
