@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 # Compiling every module of every package to bytecode takes two thirds of the whole set-up.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-PROMPT := Explain in a few sentences why the sky is blue.
+PROMPT := List ten tips for a healthy life.
 
 .PHONY: help demo test lint bench clean
 .DEFAULT_GOAL := help
@@ -27,9 +27,10 @@ lint: $(VENV)/.dev  ## set up, then check style and types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## set up, then run the benchmarks on this machine
-	@echo "== bench: every script in benchmarks/"
-	@for script in $(wildcard benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
+bench: $(VENV)/.dev  ## set up, then run the benchmarks of this machine's CPU
+	@echo "== bench: linear layers by rows, then decoding speed (the other scripts need data or a GPU)"
+	@$(BIN)/python benchmarks/cpu_linear.py
+	@$(BIN)/python benchmarks/decode_speed.py
 
 clean:  ## remove the environment and all caches
 	@echo "== clean: removing $(VENV) and the caches"

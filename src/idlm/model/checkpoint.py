@@ -25,7 +25,11 @@ from idlm.model.tensor_map import Place, check_tensors, tensor_map
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HUB_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"]
+# Of models and of adapters.
+HUB_FILES = [
+    *("*.json", "*.jinja", "*.model", "*.txt", "model*.safetensors"),
+    *("adapter_model.safetensors", "sampler_head.safetensors"),
+]
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
