@@ -72,6 +72,14 @@ class AdapterConfig:
     base_fingerprint: str
     base_model: str
 
+    def __post_init__(self) -> None:
+        for name in ("rank", "block_size", "head_width"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}, not a whole number above 0")
+        if unknown := set(self.projections) - FUSED_MODULES.keys():
+            raise ValueError(f"projections names {sorted(unknown)}, not only {list(FUSED_MODULES)}")
+
 
 class LoraLinear(nn.Module):
     """Low-rank updates of the modules in one fused projection.
