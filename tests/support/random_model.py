@@ -52,6 +52,7 @@ def random_adapter(config: ModelConfig, seed: int = 1, rank: int = 4) -> Adapter
             projections=("qkv", "o", "gate_up", "down"),
             block_size=7,
             head_width=24,
+            head_depth=2,
             base_fingerprint=config.fingerprint(),
             base_model="random",
         ),

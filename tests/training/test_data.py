@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_every_answer_token_after_the_first_has_its_blocks(tmp_path: Path) -> No
 
 def test_batches_are_a_function_of_the_step(tmp_path: Path) -> None:
     corpus = write(tmp_path)
-    options = {"batch": 2, "length": 12, "anchors": 4, "block_size": 3, "seed": 5}
+    options: dict[str, Any] = {"batch": 2, "length": 12, "anchors": 4, "block_size": 3, "seed": 5}
     ahead, again = Loader(corpus, **options), Loader(corpus, **options)
     batches = [ahead.batch(step) for step in range(6)]
     for step in (4, 1):

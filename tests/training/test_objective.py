@@ -47,6 +47,7 @@ def make_adapter(decoder: Decoder) -> Adapter:
         projections=("qkv", "o", "gate_up", "down"),
         block_size=M,
         head_width=16,
+        head_depth=2,
         base_fingerprint=decoder.config.fingerprint(),
         base_model="tiny",
     )
@@ -147,6 +148,7 @@ def test_blocks_do_not_see_the_future(decoder: Decoder, adapter: Adapter) -> Non
         batch.documents_BT,
         batch.anchors_BA,
         batch.places_BA,
+        batch.temperatures_BA,
     )
     before, after = (
         objective._masks(b, objective._clean(b)[1]).unflatten(1, (-1, M)) for b in (batch, changed)

@@ -21,6 +21,7 @@ CONFIG = ConvertConfig(
     rank=4,
     alpha=8.0,
     head_width=16,
+    head_depth=2,
     block_size=3,
     batch=4,
     length=192,

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from idlm.cli.synthesize import (
     add_base_options,
@@ -17,6 +17,10 @@ from idlm.cli.synthesize import (
     synthesis_config,
 )
 from idlm.training.config import ConvertConfig
+
+if TYPE_CHECKING:
+    from idlm.model.decoder import Decoder
+    from idlm.training.parallel import Parallel
 
 DATA_FOLDER = "data"
 
@@ -53,30 +57,46 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         KeyboardInterrupt: it was stopped; the same command continues.
     """
-    from idlm.training.card import write_card
-    from idlm.training.data import Corpus
-    from idlm.training.synthesis import HELDOUT, TRAIN, synthesize
-    from idlm.training.trainer import Trainer
+    from idlm.training.parallel import torchrun
+    from idlm.training.synthesis import synthesize
 
     config = ConvertConfig.read(args.config, given_settings(args))
     args.seed = config.seed
     synthesis = synthesis_config(args)
     folder, decoder, tokenizer = load_base(args)
-    data = args.data
-    if data is None:
-        data = args.output / DATA_FOLDER
-        synthesize(decoder, tokenizer, data, synthesis)
-    name = args.name or args.model or folder.name
-    train, heldout = Corpus.read(data, TRAIN), Corpus.read(data, HELDOUT)
-    trainer = Trainer(decoder, train, heldout, config, args.output, name)
-    if trainer.resume():
+    args.name = args.name or args.model or folder.name
+    with torchrun(decoder.embed.weight.device) as parallel:
+        if args.data is None:
+            args.data = args.output / DATA_FOLDER
+            synthesize(decoder, tokenizer, args.data, synthesis, parallel)
+        train(args, config, decoder, parallel)
+
+
+def train(
+    args: argparse.Namespace, config: ConvertConfig, decoder: Decoder, parallel: Parallel
+) -> None:
+    """Train on ``args.data`` and write the adapter.
+
+    Raises:
+        KeyboardInterrupt: it was stopped; the same command continues.
+    """
+    from idlm.training.card import write_card
+    from idlm.training.data import Corpus
+    from idlm.training.synthesis import HELDOUT, TRAIN
+    from idlm.training.trainer import Trainer
+
+    parallel.wait()  # all have written their data
+    documents, heldout = Corpus.read(args.data, TRAIN), Corpus.read(args.data, HELDOUT)
+    trainer = Trainer(decoder, documents, heldout, config, args.output, args.name, parallel)
+    if trainer.resume() and parallel.main:
         print(f"continuing at step {trainer.progress.step}", file=sys.stderr)
     report = trainer.run()
     if not report.finished:
         print("stopped; the same command continues", file=sys.stderr)
         raise KeyboardInterrupt
-    trainer.finished_adapter().save(args.output)
-    write_card(args.output, trainer, report, shlex.join(["idlm", *sys.argv[1:]]))
+    if parallel.main:
+        trainer.finished_adapter().save(args.output)
+        write_card(args.output, trainer, report, shlex.join(["idlm", *sys.argv[1:]]))
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

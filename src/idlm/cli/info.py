@@ -104,6 +104,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "alpha": config.alpha,
         "modules": [module for fused in config.projections for module in FUSED_MODULES[fused]],
         "sampler_head_width": config.head_width,
+        "sampler_head_depth": config.head_depth,
         "stride_trained": config.block_size + 1,
         "card": str(card) if card.exists() else None,
     }

@@ -35,11 +35,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from idlm.training.parallel import torchrun
     from idlm.training.synthesis import synthesize
 
     config = synthesis_config(args)
     _, decoder, tokenizer = load_base(args)
-    synthesize(decoder, tokenizer, args.output, config)
+    with torchrun(decoder.embed.weight.device) as parallel:
+        synthesize(decoder, tokenizer, args.output, config, parallel)
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
@@ -123,10 +125,11 @@ def load_base(args: argparse.Namespace) -> tuple[Path, Decoder, Tokenizer]:
 
     from idlm.model.checkpoint import load_decoder, resolve
     from idlm.model.tokenizer import Tokenizer
+    from idlm.training.parallel import local_rank
 
     name = args.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -135,6 +138,8 @@ def load_base(args: argparse.Namespace) -> tuple[Path, Decoder, Tokenizer]:
             f"Device {name!r} cannot be used ({str(error).splitlines()[0]}); choose another "
             "--device."
         ) from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if args.dtype == "auto":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     else:

@@ -59,7 +59,8 @@ class AdapterConfig:
         alpha: the update is scaled by ``alpha / rank``.
         projections: fused projections that carry a LoRA (keys of `FUSED_MODULES`).
         block_size: longest mask block seen in training (stride - 1).
-        head_width: inner width of the sampler head.
+        head_width: inner width of the sampler head's blocks.
+        head_depth: blocks of the sampler head.
         base_fingerprint: `ModelConfig.fingerprint` of the base model.
         base_model: name of the base model, for people.
     """
@@ -69,11 +70,12 @@ class AdapterConfig:
     projections: tuple[str, ...]
     block_size: int
     head_width: int
+    head_depth: int
     base_fingerprint: str
     base_model: str
 
     def __post_init__(self) -> None:
-        for name in ("rank", "block_size", "head_width"):
+        for name in ("rank", "block_size", "head_width", "head_depth"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}, not a whole number above 0")
@@ -123,21 +125,19 @@ class LoraLinear(nn.Module):
 class SamplerHead(nn.Module):
     """Recurrent head that turns the marginals of a mask block into a chain.
 
-    ``s_j = s_{j-1} + W_o (silu(g_j) * u_j)`` with
-    ``[g_j, u_j] = W_h h_j + W_e e(x_{j-1}) + W_s norm(s_{j-1})``, ``s_0 = 0``; the logits of place
-    ``j`` are the model's own output layer applied to ``h_j + s_j`` (after Apple's sampler head,
-    arXiv 2507.11851 section 3.3, made recurrent as in ReDrafter, arXiv 2403.09919).
+    ``depth`` gated blocks update the state one after the other, each by
+    ``s = s + W_o (silu(g) * u)`` with ``[g, u] = W_h h_j + W_e e(x_{j-1}) + W_s norm(s)``. They
+    begin with the state of place ``j - 1`` (0 at the first place) and end with ``s_j``; the logits
+    of place ``j`` are the model's own output layer applied to ``h_j + s_j`` (after Apple's sampler
+    head, arXiv 2507.11851 section 3.3, made recurrent as in ReDrafter, arXiv 2403.09919).
     """
 
-    def __init__(self, hidden_size: int, width: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, width: int, depth: int, eps: float) -> None:
         super().__init__()
-        self.from_hidden = nn.Linear(hidden_size, 2 * width, bias=True)
-        self.from_token = nn.Linear(hidden_size, 2 * width, bias=False)
-        self.from_state = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.from_hidden = nn.Linear(hidden_size, depth * 2 * width, bias=True)
+        self.from_token = nn.Linear(hidden_size, depth * 2 * width, bias=False)
         self.token_norm = nn.RMSNorm(hidden_size, eps=eps)
-        self.state_norm = nn.RMSNorm(hidden_size, eps=eps)
-        self.out = nn.Linear(width, hidden_size, bias=False)
-        nn.init.zeros_(self.out.weight)
+        self.blocks = nn.ModuleList(HeadBlock(hidden_size, width, eps) for _ in range(depth))
 
     def project(self, hidden_BMH: torch.Tensor) -> torch.Tensor:
         """The share of the mask rows' hidden states, for all places of the block at once."""
@@ -147,9 +147,25 @@ class SamplerHead(nn.Module):
         self, projected_BW: torch.Tensor, token_BH: torch.Tensor, state_BH: torch.Tensor
     ) -> torch.Tensor:
         """The state ``s_j`` from place ``j``'s projection, ``e(x_{j-1})`` and ``s_{j-1}``."""
-        token_BW = _linear(self.token_norm(token_BH), self.from_token)
+        given_BW = projected_BW + _linear(self.token_norm(token_BH), self.from_token)
+        for block, part_BW in zip(self.blocks, given_BW.chunk(len(self.blocks), -1), strict=True):
+            state_BH = block(part_BW, state_BH)
+        return state_BH
+
+
+class HeadBlock(nn.Module):
+    """One gated update of the sampler head's state."""
+
+    def __init__(self, hidden_size: int, width: int, eps: float) -> None:
+        super().__init__()
+        self.from_state = nn.Linear(hidden_size, 2 * width, bias=False)
+        self.state_norm = nn.RMSNorm(hidden_size, eps=eps)
+        self.out = nn.Linear(width, hidden_size, bias=False)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, given_BW: torch.Tensor, state_BH: torch.Tensor) -> torch.Tensor:
         state_BW = _linear(self.state_norm(state_BH), self.from_state)
-        gate, up = (projected_BW + token_BW + state_BW).chunk(2, dim=-1)
+        gate, up = (given_BW + state_BW).chunk(2, dim=-1)
         return state_BH + _linear(F.silu(gate) * up, self.out)
 
 
@@ -176,7 +192,9 @@ class Adapter(nn.Module):
             for _ in range(base.num_layers)
         )
         self.mask_embedding = nn.Parameter(torch.randn(base.hidden_size) * 0.02)
-        self.head = SamplerHead(base.hidden_size, config.head_width, base.rms_norm_eps)
+        self.head = SamplerHead(
+            base.hidden_size, config.head_width, config.head_depth, base.rms_norm_eps
+        )
 
     def layer(self, index: int) -> dict[str, LoraLinear]:
         """The LoRAs of one decoder layer by fused projection."""

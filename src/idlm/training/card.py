@@ -47,9 +47,9 @@ def _card(folder: Path, trainer: Trainer, report: Report, command: str) -> str:
         "the first step |",
         f"| objective | KL to the base model, total variation x {c.tv_weight}, place decay "
         f"{c.place_decay}, survival weights {'on' if c.survival else 'off'}, head-free loss x "
-        f"{c.marginal_weight} |",
+        f"{c.marginal_weight}, at temperatures from {c.coldest} |",
         f"| LoRA | rank {c.rank}, alpha {c.alpha}, on {', '.join(c.projections)} |",
-        f"| sampler head | width {c.head_width} |",
+        f"| sampler head | {c.head_depth} x width {c.head_width} |",
         f"| trained parameters | {report.parameters / 1e6:.2f}M |",
         *(f"| {name} | {size / 1e6:.1f} MB |" for name, size in sizes.items()),
         "",

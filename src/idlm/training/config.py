@@ -21,7 +21,8 @@ class ConvertConfig:
         rank: rank of the LoRA.
         alpha: the LoRA's update is scaled by ``alpha / rank``.
         projections: fused projections that carry a LoRA (keys of `FUSED_MODULES`).
-        head_width: inner width of the sampler head.
+        head_width: inner width of the sampler head's blocks.
+        head_depth: blocks of the sampler head.
         block_size: masks per block, ``m``: the longest stride served well is ``m + 1``.
         batch: packed rows per optimiser step.
         length: tokens per packed row.
@@ -36,6 +37,8 @@ class ConvertConfig:
         clip: largest norm of the gradient of the LoRA, the mask embedding and the head each.
         ema: decay of the weights' moving average, which is what is saved; 0: off.
         tv_weight: weight of the total-variation term beside the KL divergence.
+        coldest: the divergence is measured at the temperature that the document was sampled at,
+            but at no lower one than this; 1: at temperature 1 throughout.
         place_decay: weight of place ``j`` of a block is ``place_decay ** (j - 1)``.
         survival: weigh a place by the chance that the places before it are accepted.
         marginal_weight: weight of the loss on the logits without the sampler head, which pick
@@ -51,6 +54,7 @@ class ConvertConfig:
     alpha: float = 48.0
     projections: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
     head_width: int = 1024
+    head_depth: int = 1
     block_size: int = 7
     batch: int = 32
     length: int = 1024
@@ -65,6 +69,7 @@ class ConvertConfig:
     clip: float = 1.0
     ema: float = 0.0
     tv_weight: float = 0.0
+    coldest: float = 1.0
     place_decay: float = 1.0
     survival: bool = False
     marginal_weight: float = 0.1
@@ -80,8 +85,25 @@ class ConvertConfig:
         # YAML has lists only.
         object.__setattr__(self, "projections", tuple(self.projections))
         positive = (
-            *("rank", "alpha", "head_width", "batch", "length", "anchors", "accumulate"),
-            *("clip", "log_every", "eval_every", "eval_rows", "save_every", "place_decay"),
+            *(
+                "rank",
+                "alpha",
+                "head_width",
+                "head_depth",
+                "batch",
+                "length",
+                "anchors",
+                "accumulate",
+            ),
+            *(
+                "clip",
+                "log_every",
+                "eval_every",
+                "eval_rows",
+                "save_every",
+                "place_decay",
+                "coldest",
+            ),
         )
         for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")

@@ -19,6 +19,7 @@ import torch
 
 from idlm.errors import InvalidRequestError, ResourceError
 from idlm.model.files import replacing
+from idlm.training.parallel import ALONE, Parallel
 
 # Rows still open for another document while packing; more pack tighter and take longer.
 OPEN_ROWS = 512
@@ -179,6 +180,7 @@ class Batch:
             one document of its own.
         anchors_BA: index of the anchor in the row, ascending, int64.
         places_BA: places of the anchor's block that have a target, int64; 0: unused anchor.
+        temperatures_BA: that the anchor's document was sampled at, fp32.
     """
 
     tokens_BT: torch.Tensor
@@ -186,6 +188,7 @@ class Batch:
     documents_BT: torch.Tensor
     anchors_BA: torch.Tensor
     places_BA: torch.Tensor
+    temperatures_BA: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``, copied without waiting."""
@@ -218,6 +221,7 @@ class Loader:
         anchors: int,
         block_size: int,
         seed: int,
+        parallel: Parallel = ALONE,
     ) -> None:
         longest = int(corpus.lengths.max())
         if longest > length:
@@ -225,7 +229,7 @@ class Loader:
                 f"The longest document has {longest} tokens, a row only {length}; set length to "
                 f"{longest} or more."
             )
-        self.corpus, self.seed = corpus, seed
+        self.corpus, self.seed, self.parallel = corpus, seed, parallel
         self.batch_size, self.length = batch, length
         self.anchors, self.block_size = anchors, block_size
         self._epoch = 0
@@ -239,14 +243,20 @@ class Loader:
         return 1.0 - len(self.corpus.tokens) / (len(self._rows) * self.length)
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, on the CPU."""
+        """This process's rows of the batch of a step, on the CPU."""
         epoch, index = divmod(step, self.batches_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._rows = epoch, self._pack(epoch)
         first = index * self.batch_size
-        rows = [self._rows[(first + i) % len(self._rows)] for i in range(self.batch_size)]
-        rng = np.random.default_rng((self.seed, 1, step))
-        return _stack([self._row(documents, rng) for documents in rows])
+        return _stack(
+            [
+                self._row(
+                    self._rows[(first + i) % len(self._rows)],
+                    np.random.default_rng((self.seed, 1, step, i)),
+                )
+                for i in self.parallel.share(self.batch_size)
+            ]
+        )
 
     def _pack(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng((self.seed, 0, epoch))
@@ -256,7 +266,7 @@ class Loader:
     def _row(self, documents: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
         corpus, T = self.corpus, self.length
         tokens, positions, starts = np.zeros((3, T), np.int64)
-        candidates, ends = [], []
+        candidates, ends, temperatures = [], [], []
         at = 0
         for document in documents:
             begin, end = corpus.offsets[document : document + 2]
@@ -268,6 +278,7 @@ class Loader:
                 span = np.arange(at + first - 1, at + last - 2)
                 candidates.append(span)
                 ends.append(np.full(len(span), at + last))
+                temperatures.append(np.full(len(span), corpus.temperatures[document]))
             at += n
         starts[at:] = at
         candidate, end = np.concatenate(candidates), np.concatenate(ends)
@@ -277,7 +288,9 @@ class Loader:
         places[: len(chosen)] = np.minimum(
             end[chosen] - 2 - anchors[: len(chosen)], self.block_size
         )
-        return [tokens, positions, starts, anchors, places]
+        temperature = np.ones(self.anchors, np.float32)
+        temperature[: len(chosen)] = np.concatenate(temperatures)[chosen]
+        return [tokens, positions, starts, anchors, places, temperature]
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int]]:

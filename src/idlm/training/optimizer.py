@@ -8,13 +8,14 @@ import torch
 
 from idlm.model.adapter import Adapter
 from idlm.training.config import ConvertConfig
+from idlm.training.parallel import Parallel
 
 
 class MasterAdamW:
     """Holds the masters, their average and AdamW's state; writes back after each step."""
 
-    def __init__(self, adapter: Adapter, config: ConvertConfig) -> None:
-        self.config = config
+    def __init__(self, adapter: Adapter, config: ConvertConfig, parallel: Parallel) -> None:
+        self.config, self._parallel = config, parallel
         self._live = dict(adapter.named_parameters())
         self.masters = {name: p.detach().float().clone() for name, p in self._live.items()}
         self.averages = (
@@ -45,8 +46,12 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, progress: float, number: int) -> torch.Tensor:
-        """One update at the learning rate of ``progress`` (0 to 1); returns the gradient norm."""
+        """One update at the learning rate of ``progress`` (0 to 1); returns the gradient norm.
+
+        The gradients of all processes are added first.
+        """
         masters = list(self.masters.values())
+        self._parallel.sum_all([m.grad for m in masters if m.grad is not None])
         norms = []
         for group in self._adamw.param_groups:
             group["lr"] = group["peak"] * schedule(progress, self.config.warmup)

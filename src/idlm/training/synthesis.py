@@ -17,6 +17,7 @@ from idlm.errors import InvalidRequestError
 from idlm.model.decoder import Decoder
 from idlm.model.tokenizer import Tokenizer
 from idlm.training.data import Corpus, Document, write_shard
+from idlm.training.parallel import ALONE, Parallel
 from idlm.training.sampler import BatchSampler, Limits, Script
 from idlm.training.seeds import OPENERS, SYSTEM_PROMPTS, TEXT_SEEDS
 from idlm.training.template import ChatPieces
@@ -147,8 +148,13 @@ class Collector:
     The documents of existing shards count and are not written again.
     """
 
-    def __init__(self, folder: Path, special_ids: frozenset[int]) -> None:
-        self.folder, self._special_ids = folder, special_ids
+    def __init__(
+        self,
+        folder: Path,
+        special_ids: frozenset[int],
+        parallel: Parallel = ALONE,
+    ) -> None:
+        self.folder, self._special_ids, self._parallel = folder, special_ids, parallel
         self.counts: Counter[str] = Counter()
         self._seen: set[int] = set()
         self._waiting: dict[str, list[Document]] = {split: [] for split in SPLITS}
@@ -197,8 +203,9 @@ class Collector:
         documents, self._waiting[split] = self._waiting[split], []
         self._waiting_tokens[split] = 0
         if documents:
-            number = len(list(self.folder.glob(f"{split}-*.parquet")))
-            write_shard(self.folder / f"{split}-{number:05d}.parquet", documents)
+            own = f"{split}-{self._parallel.rank}"
+            number = len(list(self.folder.glob(f"{own}-*.parquet")))
+            write_shard(self.folder / f"{own}-{number:05d}.parquet", documents)
 
     def _reason_to_drop(self, document: Document, user: Sequence[int]) -> str | None:
         if self._special_ids.intersection(user):
@@ -212,9 +219,16 @@ class Collector:
 
 
 def synthesize(
-    decoder: Decoder, tokenizer: Tokenizer, folder: Path, config: SynthesisConfig
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    folder: Path,
+    config: SynthesisConfig,
+    parallel: Parallel = ALONE,
 ) -> Counter[str]:
     """Write train and held-out shards into ``folder`` until it holds ``config.tokens`` tokens.
+
+    Several processes write equal shares of what is missing, each from a stream of its own;
+    duplicates between their shares are not looked for.
 
     Returns:
         counts of documents and tokens kept, and of documents dropped by reason.
@@ -223,9 +237,12 @@ def synthesize(
         InvalidRequestError: the documents would not fit the model's context.
     """
     check_context(decoder, config.limits.length)
-    collector = Collector(folder, tokenizer.special_ids)
+    collector = Collector(folder, tokenizer.special_ids, parallel)
+    parallel.wait()  # all have read the folder before one writes
+    at_start = collector.counts["tokens"]
+    target = at_start + -(-(config.tokens - at_start) // parallel.world)
     # A resumed synthesis draws from another stream than what is there already.
-    seed = (config.seed, collector.shards)
+    seed = (config.seed, collector.shards, parallel.rank)
     writer = ScriptWriter(tokenizer, decoder.config.eos_token_ids, seed)
     pieces = writer.pieces
     sampler = BatchSampler(
@@ -237,18 +254,20 @@ def synthesize(
         limits=config.limits,
         seed=hash(seed) % 2**63,
     )
-    report = _Report(collector.counts, config.tokens)
+    report = _Report(collector.counts, target)
     for ended in sampler.run(iter(writer)):
         for script, token_ids in ended:
             document = read_document(script, token_ids, pieces, writer.stop_ids)
             first = document.answers[0][0] if document else 0
             last = first - len(pieces.to_answer) if pieces else first
             collector.add(document, token_ids[len(script.prefix) : last])
-        report.update()
-        if collector.counts["tokens"] >= config.tokens:
+        if parallel.main:
+            report.update()
+        if collector.counts["tokens"] >= target:
             break
     collector.close()
-    report.finish()
+    if parallel.main:
+        report.finish()
     return collector.counts
 
 
@@ -268,7 +287,7 @@ def check_context(decoder: Decoder, length: int) -> None:
 
 
 class _Report:
-    """A line on stderr every few seconds, and one at the end."""
+    """A line on stderr every few seconds, and one at the end: of this process's share."""
 
     def __init__(self, counts: Counter[str], target: int) -> None:
         self._counts, self._target = counts, target

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from idlm.errors import CheckpointError, IdlmError, ResourceError
+from idlm.errors import CheckpointError, IdlmError, InvalidRequestError, ResourceError
 from idlm.model.adapter import Adapter, AdapterConfig
 from idlm.model.decoder import Decoder
 from idlm.model.files import replacing
@@ -26,6 +26,7 @@ from idlm.training.config import ConvertConfig
 from idlm.training.data import Batch, Corpus, Loader
 from idlm.training.objective import Objective
 from idlm.training.optimizer import MasterAdamW
+from idlm.training.parallel import ALONE, Parallel
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 CONFIG_FILE = "train_config.yaml"
@@ -75,6 +76,8 @@ class Trainer:
         train, heldout: documents of the base model.
         out: folder for checkpoints and log; None: keep nothing (ablations).
         base_model: name of the base model, for the adapter's card.
+        parallel: this process among those that train together. All hold the whole adapter, each
+            trains on its share of every batch.
     """
 
     def __init__(
@@ -85,8 +88,15 @@ class Trainer:
         config: ConvertConfig,
         out: Path | None,
         base_model: str,
+        parallel: Parallel = ALONE,
     ) -> None:
-        self.config, self.out = config, out
+        if config.batch % (parallel.world * config.accumulate):
+            raise InvalidRequestError(
+                f"A batch of {config.batch} rows cannot be shared by {parallel.world} processes "
+                f"with --accumulate {config.accumulate}; set --batch to a multiple of "
+                f"{parallel.world * config.accumulate}."
+            )
+        self.config, self.out, self.parallel = config, out, parallel
         self.device, dtype = decoder.embed.weight.device, decoder.embed.weight.dtype
         shape = {
             "length": config.length,
@@ -94,8 +104,8 @@ class Trainer:
             "block_size": config.block_size,
             "seed": config.seed,
         }
-        self.loader = Loader(train, batch=config.batch, **shape)
-        rows = config.batch // config.accumulate
+        self.loader = Loader(train, batch=config.batch, parallel=parallel, **shape)
+        rows = config.batch // config.accumulate // parallel.world
         self.evaluation = Evaluation(heldout, rows=config.eval_rows, batch=rows, **shape)
         self.adapter_config = AdapterConfig(
             rank=config.rank,
@@ -103,6 +113,7 @@ class Trainer:
             projections=config.projections,
             block_size=config.block_size,
             head_width=config.head_width,
+            head_depth=config.head_depth,
             base_fingerprint=decoder.config.fingerprint(),
             base_model=base_model,
         )
@@ -116,7 +127,7 @@ class Trainer:
         self.decoder = decoder
         self.adapter = adapter.to(device=self.device, dtype=dtype)
         self.objective = Objective(decoder, self.adapter, config)
-        self.optimizer = MasterAdamW(self.adapter, config)
+        self.optimizer = MasterAdamW(self.adapter, config, parallel)
         self.progress = Progress()
         self._stop = False
 
@@ -127,7 +138,7 @@ class Trainer:
             IdlmError: the loss is no longer a number.
             ResourceError: the device is out of memory.
         """
-        if self.out is not None:
+        if self.out is not None and self.parallel.main:
             self.out.mkdir(parents=True, exist_ok=True)
             self.config.save(self.out / CONFIG_FILE)
         self._say(
@@ -191,7 +202,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Write the state of the run to ``out``, atomically."""
-        if self.out is None:
+        if self.out is None or not self.parallel.main:
             return
         state = {"config": self._identity(), "progress": asdict(self.progress)}
         tensors = {n: t.detach().cpu().contiguous() for n, t in self.optimizer.state().items()}
@@ -207,10 +218,11 @@ class Trainer:
         """
         c = self.config
         batch = self.loader.batch(self.progress.step).to(self.device)
-        weight = self.objective.weight(batch).clamp(min=1e-9)
+        weight = self.parallel.sum(self.objective.weight(batch)).clamp(min=1e-9)
         totals = torch.zeros(1 + 3 * c.block_size, device=self.device)
         for part in batch.split(c.accumulate):
             totals += self._backward(part, weight)
+        self.parallel.sum(totals)
         norm = self.optimizer.step(self.progress.fraction(c), self.progress.step)
         self.progress.step += 1
         self.progress.mask_rows += c.batch * c.anchors * c.block_size
@@ -232,7 +244,7 @@ class Trainer:
         pending: list[torch.Tensor] = []
         since = time.monotonic()
         first = True
-        while self.progress.fraction(c) < 1.0 and not self._stop:
+        while self._goes_on():
             pending.append(self.train_step())
             step = self.progress.step
             if first:
@@ -260,6 +272,12 @@ class Trainer:
         if pending:
             self._report(pending, since)
         self.save_checkpoint()
+
+    def _goes_on(self) -> bool:
+        """Whether there is another step; the main process's clock and signals decide for all."""
+        seconds, stop = self.parallel.of_main([self.progress.seconds, self._stop])
+        self.progress.seconds, self._stop = seconds, bool(stop)
+        return self.progress.fraction(self.config) < 1.0 and not self._stop
 
     def _report(self, pending: list[torch.Tensor], since: float) -> None:
         """Fetch and log what the last steps returned; the one place that waits for the device."""
@@ -303,12 +321,13 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
     def _log(self, record: dict[str, Any]) -> None:
-        if self.out is not None:
+        if self.out is not None and self.parallel.main:
             with (self.out / LOG_FILE).open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def _say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        if self.parallel.main:
+            print(line, file=sys.stderr, flush=True)
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
