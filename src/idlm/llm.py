@@ -115,7 +115,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(folder)
         self._max_batch = max_batch
         self._method = Method(decoder, loaded, rows, verification)
-        self._engine = self._new_engine()
+        self._engine = self.new_engine()
 
     @property
     def config(self) -> ModelConfig:
@@ -128,17 +128,42 @@ class LLM:
         return self._method.layout
 
     @property
+    def verification(self) -> str:
+        """The rule by which drafts are tested."""
+        return self._method.rule
+
+    @property
+    def max_batch(self) -> int:
+        """Requests that run at once."""
+        return self._max_batch
+
+    @property
     def adapter(self) -> Adapter | None:
         """What conversion added, None for a bare or fully converted model."""
         return self._method.adapter
 
     def autoregressive(self) -> LLM:
         """The bare base model over the same weights, one token per forward."""
-        return self._with(None, Layout.named("ar", 1))
+        return self._with(None, Layout.named("ar", 1), self.verification)
 
-    def with_layout(self, layout: str, stride: int) -> LLM:
-        """The same model over the same weights in another layout."""
-        return self._with(self._method.adapter, Layout.named(layout, stride))
+    def with_layout(self, layout: str, stride: int, verification: str | None = None) -> LLM:
+        """The same model over the same weights in another layout (None: by the same rule)."""
+        rule = self.verification if verification is None else check_rule(verification)
+        return self._with(self._method.adapter, Layout.named(layout, stride), rule)
+
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise `InvalidRequestError` for a request that cannot be run."""
+        self._engine.check(prompt_token_ids, params)
+
+    def new_engine(self) -> Engine:
+        """An engine over the same weights, for a caller that steps it by itself."""
+        return Engine(
+            self._method,
+            self.tokenizer,
+            device=self.device,
+            dtype=self.dtype,
+            max_batch=self._max_batch,
+        )
 
     def generate(
         self,
@@ -189,23 +214,14 @@ class LLM:
             None, self.tokenizer.apply_chat_template(list(messages)), sampling_params
         )
 
-    def _with(self, adapter: Adapter | None, layout: Layout) -> LLM:
+    def _with(self, adapter: Adapter | None, layout: Layout, rule: str) -> LLM:
         other = object.__new__(LLM)
         other.__dict__.update(self.__dict__)
         if adapter is None and self.config.mask_token_id is None and layout.num_masks > 0:
             raise InvalidRequestError("This model has no adapter; only layout 'ar' can be decoded.")
-        other._method = Method(self._method.decoder, adapter, layout, self._method.rule)
-        other._engine = other._new_engine()
+        other._method = Method(self._method.decoder, adapter, layout, rule)
+        other._engine = other.new_engine()
         return other
-
-    def _new_engine(self) -> Engine:
-        return Engine(
-            self._method,
-            self.tokenizer,
-            device=self.device,
-            dtype=self.dtype,
-            max_batch=self._max_batch,
-        )
 
     def _run(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from idlm import LLM, SamplingParams
@@ -84,8 +84,8 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     )
 
 
-def load_llm(args: argparse.Namespace) -> LLM:
-    """The model that the options ask for.
+def load_llm(args: argparse.Namespace, **given: Any) -> LLM:
+    """The model that the options ask for; ``given`` are further arguments of `LLM`.
 
     Raises:
         IdlmError: it cannot be loaded, or an option is out of range.
@@ -100,4 +100,5 @@ def load_llm(args: argparse.Namespace) -> LLM:
         verification=args.verification or "rejection",
         device=args.device,
         dtype=args.dtype,
+        **given,
     )

@@ -101,6 +101,11 @@ class Engine:
         """Whether any request waits or runs."""
         return bool(self._waiting or self._running)
 
+    @property
+    def kv_capacity(self) -> int:
+        """Tokens whose keys and values the memory set aside holds."""
+        return self._cache.k_LBKSD.shape[1] * self._cache.k_LBKSD.shape[3]
+
     @torch.inference_mode()
     def step(self) -> list[Request]:
         """One forward: a prefill if a request can join the batch, else one decoding cycle.
