@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -40,6 +40,8 @@ from idlm.server.replies import ChatReplies, CompletionReplies, Part, Replies
 from idlm.server.worker import Worker
 
 T = TypeVar("T")
+
+STATIC = Path(str(files("idlm.server") / "static"))
 
 _TEXT: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 DONE = b"data: [DONE]\n\n"
@@ -106,7 +108,7 @@ def create_app(
     )
     app.state.server = server
     app.include_router(_routes(server))
-    app.mount("/", _Page(directory=Path(str(files("idlm.server") / "static")), html=True))
+    app.mount("/static", _PageFiles(directory=STATIC))
     errors.install(app)
     app.openapi = lambda: _schema(app)  # type: ignore[method-assign]
     if api_key is not None:
@@ -118,6 +120,10 @@ def create_app(
 
 def _routes(server: Server) -> APIRouter:
     router = APIRouter()
+
+    @router.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(STATIC / "index.html", headers=PAGE_HEADERS)
 
     @router.post(
         "/v1/chat/completions",
@@ -280,8 +286,8 @@ def _json(model: BaseModel, status: int = 200) -> Response:
     return Response(model.model_dump_json(), status, media_type="application/json")
 
 
-class _Page(StaticFiles):
-    """The page, with headers that keep it from loading anything from elsewhere."""
+class _PageFiles(StaticFiles):
+    """The files of the page, with headers that keep it from loading anything from elsewhere."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         response = await super().get_response(path, scope)

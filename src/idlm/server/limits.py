@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 from dataclasses import dataclass
 
@@ -11,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from idlm.server.errors import ApiError
 
 PROTECTED = "/v1/"
+DISCARD_SECONDS, DISCARD_BYTES = 5, 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +46,11 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "")
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > self._limit:
+            if "expect" not in headers:  # else the client has sent nothing yet
+                await _discard(receive)
             await self._refusal().response()(scope, receive, send)
             return
         size = 0
@@ -57,26 +63,30 @@ class BodyLimit:
                 raise _TooLargeError
             return message
 
-        started = False
-
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
-            await self._app(scope, counted, watched)
+            await self._app(scope, counted, send)
         except _TooLargeError:
-            if not started:
-                await self._refusal().response()(scope, receive, send)
+            await _discard(receive)
+            await self._refusal().response()(scope, receive, send)
 
     def _refusal(self) -> ApiError:
         return ApiError(
             413,
             f"The body is larger than {self._limit} bytes; send less.",
             code="body_too_large",
-            headers={"Connection": "close"},
         )
+
+
+async def _discard(receive: Receive) -> None:
+    """Read on for a while: closing a connection on unread bytes would take the answer with it."""
+    read = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while read < DISCARD_BYTES:
+                message = await receive()
+                read += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 class _TooLargeError(BaseException):
