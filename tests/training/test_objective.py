@@ -12,7 +12,7 @@ from idlm.model.config import ModelConfig, RopeConfig
 from idlm.model.decoder import Decoder
 from idlm.training.config import ConvertConfig
 from idlm.training.data import Batch, Corpus, Loader
-from idlm.training.objective import Objective, unroll
+from idlm.training.objective import Objective, _visits, unroll
 
 M = 5
 VOCAB = 61
@@ -203,3 +203,28 @@ def test_mean_loss_does_not_depend_on_the_split(
     for gradient in gradients[1:]:
         assert (gradient - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
     assert gradients[0].norm() > 0
+
+
+def test_blocks_count_where_forwards_start() -> None:
+    """Visit weights against a count over the blocks, token by token."""
+    batch = make_batch(batch=2, anchors=9)
+    overlap_BAM = torch.rand(2, 9, M, generator=torch.Generator().manual_seed(1))
+    valid_BAM = torch.arange(M) < batch.places_BA[..., None]
+    visits_BA = _visits(overlap_BAM, valid_BAM, batch)
+    unproposed = 0
+    for row in range(2):
+        reached, rejected = torch.zeros(2, 64 + M + 2)
+        for anchor, overlap_M, places in zip(
+            batch.anchors_BA[row], overlap_BAM[row], batch.places_BA[row], strict=True
+        ):
+            chance = 1.0
+            for j in range(int(places)):
+                reached[anchor + j + 2] += chance
+                rejected[anchor + j + 2] += chance * (1 - overlap_M[j])
+                chance *= float(overlap_M[j])
+        for i, anchor in enumerate(batch.anchors_BA[row]):
+            at = int(anchor) + 1
+            expected = float(rejected[at] / reached[at]) if reached[at] else 1.0
+            unproposed += not reached[at]
+            assert visits_BA[row, i] == pytest.approx(max(expected, 1 / (M + 1)), abs=1e-5)
+    assert unproposed

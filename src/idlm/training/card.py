@@ -46,7 +46,8 @@ def _card(folder: Path, trainer: Trainer, report: Report, command: str) -> str:
         f"| training time | {progress.seconds / 60:.1f} min, and {progress.startup:.0f} s for "
         "the first step |",
         f"| objective | KL to the base model, total variation x {c.tv_weight}, place decay "
-        f"{c.place_decay}, survival weights {'on' if c.survival else 'off'}, head-free loss x "
+        f"{c.place_decay}, survival weights {'on' if c.survival else 'off'}, visit weights "
+        f"{'on' if c.visits else 'off'}, head-free loss x "
         f"{c.marginal_weight}, at temperatures from {c.coldest} |",
         f"| LoRA | rank {c.rank}, alpha {c.alpha}, on {', '.join(c.projections)} |",
         f"| sampler head | {c.head_depth} x width {c.head_width} |",

@@ -41,6 +41,8 @@ class ConvertConfig:
             but at no lower one than this; 1: at temperature 1 throughout.
         place_decay: weight of place ``j`` of a block is ``place_decay ** (j - 1)``.
         survival: weigh a place by the chance that the places before it are accepted.
+        visits: weigh a block by the chance that a forward starts there when decoding, which is
+            where the token before the block is hard to guess.
         marginal_weight: weight of the loss on the logits without the sampler head, which pick
             the candidates that the head rescores.
         log_every: steps between log lines.
@@ -72,6 +74,7 @@ class ConvertConfig:
     coldest: float = 1.0
     place_decay: float = 1.0
     survival: bool = False
+    visits: bool = False
     marginal_weight: float = 0.1
     log_every: int = 20
     eval_every: int = 500

@@ -206,7 +206,8 @@ class Batch:
 class Loader:
     """Batches as a pure function of the step, so that a run can be resumed anywhere.
 
-    Every epoch shuffles the documents and packs them into rows of ``length`` tokens.
+    Every epoch shuffles the documents and packs them into rows of ``length`` tokens. Anchors are
+    drawn at random from the answers of a row, or (not ``spread``) are its first ones without gaps.
 
     Raises:
         InvalidRequestError: a document is longer than a row.
@@ -221,6 +222,7 @@ class Loader:
         anchors: int,
         block_size: int,
         seed: int,
+        spread: bool = True,
         parallel: Parallel = ALONE,
     ) -> None:
         longest = int(corpus.lengths.max())
@@ -231,7 +233,7 @@ class Loader:
             )
         self.corpus, self.seed, self.parallel = corpus, seed, parallel
         self.batch_size, self.length = batch, length
-        self.anchors, self.block_size = anchors, block_size
+        self.anchors, self.block_size, self.spread = anchors, block_size, spread
         self._epoch = 0
         self._rows = self._pack(0)
         # The same for every epoch, whatever its packing gives, so that steps map to epochs.
@@ -282,7 +284,9 @@ class Loader:
             at += n
         starts[at:] = at
         candidate, end = np.concatenate(candidates), np.concatenate(ends)
-        chosen = np.sort(rng.permutation(len(candidate))[: self.anchors])
+        chosen = np.arange(min(len(candidate), self.anchors))
+        if self.spread:
+            chosen = np.sort(rng.permutation(len(candidate))[: self.anchors])
         anchors, places = np.zeros((2, self.anchors), np.int64)
         anchors[: len(chosen)] = candidate[chosen]
         places[: len(chosen)] = np.minimum(

@@ -85,8 +85,11 @@ class Objective:
         shape = (*batch.anchors_BA.shape, c.block_size)
         valid_BAM = self._valid(batch)
         weights_BAM = valid_BAM * self._decay(valid_BAM.device)
+        overlap_BAM = chain.overlap_N.view(shape)
         if c.survival:
-            weights_BAM = weights_BAM * _survival(chain.overlap_N.view(shape))
+            weights_BAM = weights_BAM * _survival(overlap_BAM)
+        if c.visits:
+            weights_BAM = weights_BAM * _visits(overlap_BAM, valid_BAM, batch)[..., None]
         loss = (chain.loss_N.view(shape) * weights_BAM).sum()
         if c.marginal_weight and torch.is_grad_enabled():
             every = (slice(None), slice(None, None, MARGINAL_STRIDE))
@@ -98,7 +101,7 @@ class Objective:
             )
             scale = c.marginal_weight * MARGINAL_STRIDE
             loss = loss + scale * (marginal.loss_N * weights_BAM[every].flatten()).sum()
-        return Outcome(loss, chain.overlap_N.view(shape), chain.agree_N.view(shape), valid_BAM)
+        return Outcome(loss, overlap_BAM, chain.agree_N.view(shape), valid_BAM)
 
     @torch.no_grad()
     def _clean(self, batch: Batch) -> tuple[torch.Tensor, DocumentAttention]:
@@ -154,3 +157,25 @@ def _survival(overlap_BAM: torch.Tensor) -> torch.Tensor:
     """Chance that all earlier places are accepted (no gradient); 1 at the first place."""
     earlier_BAM = torch.cat((torch.ones_like(overlap_BAM[..., :1]), overlap_BAM[..., :-1]), -1)
     return earlier_BAM.cumprod(-1)
+
+
+def _visits(overlap_BAM: torch.Tensor, valid_BAM: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Chance that a forward starts at an anchor (no gradient), fp32, ``[B, A]``.
+
+    A forward ends at the first rejected draft, and samples that token itself: so it starts at
+    anchor ``a`` if the draft of token ``a + 1`` was rejected, as often as the blocks of the same
+    row say, or if the block before was accepted as a whole, one time in ``block_size + 1`` at
+    least. Where no block proposes that token (the first of an answer) a forward always starts.
+    """
+    m = overlap_BAM.shape[-1]
+    places_M = torch.arange(2, m + 2, device=overlap_BAM.device)
+    last = batch.tokens_BT.shape[1] - 1
+    target_BP = (batch.anchors_BA[..., None] + places_M).clamp_(max=last).flatten(1)
+    reached_BAM = _survival(overlap_BAM) * valid_BAM
+    reached_BT, rejected_BT = (
+        overlap_BAM.new_zeros(batch.tokens_BT.shape).scatter_add_(1, target_BP, values.flatten(1))
+        for values in (reached_BAM, reached_BAM * (1.0 - overlap_BAM))
+    )
+    chance_BT = torch.where(reached_BT > 0, rejected_BT / reached_BT.clamp(min=1e-9), 1.0)
+    chance_BA = chance_BT.gather(1, (batch.anchors_BA + 1).clamp_(max=last))
+    return chance_BA.clamp(min=1.0 / (m + 1))

@@ -36,6 +36,26 @@ OPENERS = (
     "What are some tips for", "Where",
 )  # fmt: skip
 
+# Beginnings that a topic follows: a random word, so that the model does not always write about the
+# same few things.
+TOPIC_OPENERS = (
+    "", "Write about", "Write a story about a", "Write a poem about", "Write a letter about",
+    "Write a short dialogue between a", "Draft a speech on", "Create a plan for", "Describe a",
+    "Describe the", "Explain", "Explain the concept of", "Explain how", "Explain why", "What is",
+    "What is a", "What are", "Why do", "Why is", "How do you", "How does a", "How can I",
+    "Tell me about", "Tell me a joke about", "Give me ideas for", "List some", "Name five",
+    "Compare", "Compare the", "What is the difference between", "Imagine you are a",
+    "You are a", "Pretend to be a", "Act as a", "Suppose that", "If a", "There are three",
+    "A farmer has", "Two", "Calculate the", "Solve this problem about", "How many",
+    "Write a function that", "Write a Python program for", "Write a script to", "Write a class for",
+    "Write an SQL query for", "Summarize this text about", "Summarize the following passage:",
+    "Extract the", "Classify the following:", "Translate", "Rewrite this sentence about",
+    "Correct this sentence:", "Read this paragraph:", "Here is a text about", "In the following",
+    "Who invented", "Who was", "When was", "Where is", "Discuss the role of", "Analyze the",
+    "What do historians say about", "Argue for", "Is it ethical to", "Should", "My", "I have a",
+    "I feel", "I am writing about", "Recommend a", "Suggest a name for", "Evaluate the",
+)  # fmt: skip
+
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
     "You are a friendly assistant who answers briefly.",

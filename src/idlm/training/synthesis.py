@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 import time
 from collections import Counter
@@ -19,11 +20,14 @@ from idlm.model.tokenizer import Tokenizer
 from idlm.training.data import Corpus, Document, write_shard
 from idlm.training.parallel import ALONE, Parallel
 from idlm.training.sampler import BatchSampler, Limits, Script
-from idlm.training.seeds import OPENERS, SYSTEM_PROMPTS, TEXT_SEEDS
+from idlm.training.seeds import OPENERS, SYSTEM_PROMPTS, TEXT_SEEDS, TOPIC_OPENERS
 from idlm.training.template import ChatPieces
 
 DEFAULT_SYSTEM_SHARE = 0.7
-OPENER_SHARE = 0.6
+OPENER_SHARE = 0.3
+TOPIC_SHARE = 0.5
+# Tokens that can begin a word of a topic: a space and lower-case letters.
+TOPIC_TOKEN = re.compile(r" [a-z]{4,}")
 TWO_TURN_SHARE = 0.2
 USER_TEMPERATURES = (0.8, 1.0)
 # Temperatures of the answers and their shares.
@@ -81,6 +85,12 @@ class ScriptWriter:
             beginnings = TEXT_SEEDS
         special = self.pieces is None
         self._beginnings = [tuple(tokenizer.encode(text, special)) for text in beginnings]
+        self._topic_openers = [tuple(tokenizer.encode(text, False)) for text in TOPIC_OPENERS]
+        self._topics = [
+            token
+            for token in range(tokenizer.backend.get_vocab_size())
+            if TOPIC_TOKEN.fullmatch(tokenizer.token_text(token))
+        ]
 
     def __iter__(self) -> Iterator[Script]:
         while True:
@@ -96,8 +106,11 @@ class ScriptWriter:
             return Script(beginning, True, 0, temperature, user_temperature)
         default, *others = self.pieces.prefixes
         prefix = default if draw.random() < DEFAULT_SYSTEM_SHARE else draw.choice(others)
-        if draw.random() < OPENER_SHARE:
+        kind = draw.random()
+        if kind < OPENER_SHARE:
             prefix = (*prefix, *beginning)
+        elif kind < OPENER_SHARE + TOPIC_SHARE and self._topics:
+            prefix = (*prefix, *draw.choice(self._topic_openers), draw.choice(self._topics))
         turns = 1 if draw.random() < TWO_TURN_SHARE else 0
         return Script(prefix, False, turns, temperature, user_temperature)
 

@@ -98,7 +98,7 @@ class Trainer:
             )
         self.config, self.out, self.parallel = config, out, parallel
         self.device, dtype = decoder.embed.weight.device, decoder.embed.weight.dtype
-        shape = {
+        shape: dict[str, Any] = {
             "length": config.length,
             "anchors": config.anchors,
             "block_size": config.block_size,
