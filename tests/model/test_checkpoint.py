@@ -12,10 +12,25 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from idlm.errors import CheckpointError, ResourceError, UnsupportedModelError
+from idlm.decoding.params import SamplingParams
+from idlm.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    ResourceError,
+    UnsupportedModelError,
+)
+from idlm.llm import LLM
 from idlm.model import checkpoint, default_model
-from idlm.model.checkpoint import HUB_FILES, load_config, load_decoder, resolve
+from idlm.model.attention import CausalAttention
+from idlm.model.checkpoint import (
+    HUB_FILES,
+    load_config,
+    load_decoder,
+    resolve,
+    save_checkpoint,
+)
 from idlm.model.decoder import Decoder
 from tests.support.tiny import tiny_model
 
@@ -308,3 +323,84 @@ def test_no_pickle_or_copy_of_the_weights_is_fetched() -> None:
     wanted += ["model.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     others = ["pytorch_model.bin", "consolidated.safetensors", "model.gguf", "run.py", "README.md"]
     assert list(filter_repo_objects(wanted + others, allow_patterns=HUB_FILES)) == wanted
+
+
+# --- a decoder written as a checkpoint
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("sdar", {"mask_token_id": 3}),
+    ],
+)
+@torch.no_grad()
+def test_a_saved_decoder_is_a_causal_lm_of_transformers_and_a_model_of_ours(
+    family: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    source = tiny_model(tmp_path / "source", family, **overrides)
+    decoder = _load(source)
+    for parameter in decoder.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.02)
+    out = tmp_path / "out"
+    save_checkpoint(decoder, out, source, mask_token_id=300)
+
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokens_BR, positions_BR = torch.randint(320, (2, 24)), torch.arange(24).repeat(2, 1)
+    ours_BRV = decoder.logits(decoder(tokens_BR, positions_BR, CausalAttention(positions_BR)))
+    torch.testing.assert_close(theirs(tokens_BR).logits, ours_BRV, atol=1e-4, rtol=0)
+    _assert_same(decoder, _load(out))
+
+    llm = LLM(out, stride=4, dtype="float32", device="cpu")
+    assert llm.config.mask_token_id == 300 and llm.layout.num_masks == 12
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    prompt = AutoTokenizer.from_pretrained(out)("The quick brown fox")["input_ids"]
+    (output,) = llm.generate([prompt], params)
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
+    assert output.token_ids == expected[0, len(prompt) :].tolist()
+    assert output.token_ids == llm.autoregressive().generate([prompt], params)[0].token_ids
+    assert output.stats.drafted > 0
+
+
+def test_a_saved_decoder_keeps_its_dtype_and_the_files_of_its_source(tmp_path: Path) -> None:
+    source = tiny_model(tmp_path / "source", "sdar", torch_dtype="float32")
+    _edit_json(source / "config.json", auto_map={"AutoModelForCausalLM": "modeling_sdar.SDAR"})
+    decoder = load_decoder(source, device="cpu", dtype=torch.bfloat16)
+    save_checkpoint(decoder, tmp_path / "out", source, mask_token_id=None)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert load_config(tmp_path / "out").mask_token_id is None
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_a_large_decoder_is_saved_in_shards(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder, out = _load(folder), tmp_path / "out"
+    save_checkpoint(decoder, out, folder, None)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
+    save_checkpoint(decoder, out, folder, None)
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 2 and "model.safetensors" not in {p.name for p in shards}
+    assert all(p.stat().st_size < 24_000 for p in shards)
+    _assert_same(decoder, _load(out))
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert torch.equal(theirs.lm_head.weight, decoder.output_weight)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 5_000_000)
+    save_checkpoint(decoder, out, folder, None)
+    assert [p.name for p in out.glob("model*")] == ["model.safetensors"]
+
+
+def test_what_cannot_be_saved(folder: Path, tmp_path: Path) -> None:
+    decoder = _load(folder)
+    with pytest.raises(InvalidRequestError, match=r"mask token 61 is not in the vocabulary"):
+        save_checkpoint(decoder, tmp_path / "out", folder, 61)
+    with pytest.raises(InvalidRequestError, match="overwritten; give another folder"):
+        save_checkpoint(decoder, folder / ".", folder, 60)
+    assert not (tmp_path / "out").exists()

@@ -16,10 +16,16 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from idlm.errors import CheckpointError, ResourceError, UnsupportedModelError
+from idlm.errors import (
+    CheckpointError,
+    InvalidRequestError,
+    ResourceError,
+    UnsupportedModelError,
+)
 from idlm.model import default_model
 from idlm.model.config import ModelConfig
 from idlm.model.decoder import Decoder
+from idlm.model.files import replacing, write_json, write_safetensors
 from idlm.model.gguf_file import convert_gguf
 from idlm.model.tensor_map import Place, check_tensors, tensor_map
 
@@ -31,6 +37,15 @@ HUB_FILES = [
     *("adapter_model.safetensors", "sampler_head.safetensors"),
 ]
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
+SHARD_BYTES = 5_000_000_000
+# What a checkpoint takes over from its base model, beside the config.
+COPIED_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    "generation_config.json",
+)
+# Architectures that only remote code can load, and the one of `transformers` with their weights.
+BASE_ARCHITECTURES = {"sdar": ("qwen3", "Qwen3ForCausalLM")}
 
 
 def resolve(model: str | Path | None) -> Path:
@@ -110,6 +125,75 @@ def load_decoder(folder: Path, *, device: torch.device | str, dtype: torch.dtype
                 parameter = parameters[place.parameter]
                 parameter[place.start : place.start + place.shape[0]] = tensors.get_tensor(name)
     return decoder
+
+
+def save_checkpoint(
+    decoder: Decoder, folder: Path, source: Path, mask_token_id: int | None
+) -> None:
+    """Write a decoder as a model folder that `transformers` loads as a causal LM.
+
+    Weights in the decoder's dtype, in shards of at most `SHARD_BYTES`; the config of ``source``
+    with ``mask_token_id`` in it, by which `load_config` knows a fully converted model; its
+    tokenizer. Every file is replaced atomically, the config last.
+
+    Args:
+        decoder: whole parameters, on any device.
+        source: folder of the base model (`resolve`).
+        mask_token_id: the token whose embedding mask rows get; None: a plain model.
+
+    Raises:
+        InvalidRequestError: the token is not in the vocabulary, or ``folder`` is ``source``.
+        ResourceError: the disk is full or not writable.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    if mask_token_id is not None and not 0 <= mask_token_id < decoder.config.vocab_size:
+        raise InvalidRequestError(
+            f"The mask token {mask_token_id} is not in the vocabulary (0 to "
+            f"{decoder.config.vocab_size - 1}); give an id that is."
+        )
+    if folder.resolve() == source.resolve():
+        raise InvalidRequestError(
+            f"{folder} holds the base model, which would be overwritten; give another folder."
+        )
+    parameters = dict(decoder.named_parameters())
+    tensors = {
+        name: parameters[place.parameter][place.start : place.start + place.shape[0]]
+        for name, place in tensor_map(decoder.config).items()
+    }
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, names in shards.filename_to_tensors.items():
+        write_safetensors(folder / file, {name: tensors[name] for name in names})
+    if len(shards.filename_to_tensors) > 1:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(folder / INDEX_FILE, index)
+    else:
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+    for path in folder.glob("model*.safetensors"):  # of an earlier checkpoint in other shards
+        if path.name not in shards.filename_to_tensors:
+            path.unlink()
+    for name in COPIED_FILES:
+        if (source / name).exists():
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes((source / name).read_bytes())
+    write_json(folder / "config.json", _saved_config(source, decoder, mask_token_id))
+
+
+def _saved_config(source: Path, decoder: Decoder, mask_token_id: int | None) -> dict[str, Any]:
+    """`config.json` of ``source``, for ``decoder`` and without remote code."""
+    fields = _read_json(source / "config.json")
+    for name in ("auto_map", "torch_dtype", "mask_token_id"):
+        fields.pop(name, None)
+    if fields["model_type"] in BASE_ARCHITECTURES:
+        fields["model_type"], architecture = BASE_ARCHITECTURES[fields["model_type"]]
+        fields["architectures"] = [architecture]
+    fields["dtype"] = str(decoder.embed.weight.dtype).removeprefix("torch.")
+    return fields if mask_token_id is None else fields | {"mask_token_id": mask_token_id}
 
 
 def _empty_decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
