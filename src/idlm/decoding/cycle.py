@@ -22,6 +22,10 @@ from idlm.model.attention import CachedAttention
 from idlm.model.decoder import Decoder
 
 
+# Rows of a forward up to which mask blocks that will not be used go through the output layer too.
+ONE_PASS_ROWS = 12
+
+
 @dataclass(frozen=True)
 class Method:
     """A converted model and how it is decoded.
@@ -112,8 +116,8 @@ def decode(
     )
     return _conclude(
         method,
-        hidden_BRH[:, : layout.stride],
-        hidden_BRH[:, layout.stride :],
+        hidden_BRH,
+        layout.num_masks,
         tables.block_after_NN[drafts.count_B],
         state,
         sampling,
@@ -146,8 +150,8 @@ def prefill(
     block_after_B1 = torch.full_like(length_B, 0 if masks else -1)[:, None]
     return _conclude(
         method,
-        hidden_BRH[:, last - 1 : last],
-        hidden_BRH[:, last:],
+        hidden_BRH[:, last - 1 :],
+        masks,
         block_after_B1,
         state,
         sampling,
@@ -183,32 +187,42 @@ def _causal(
 
 def _conclude(
     method: Method,
-    clean_BNH: torch.Tensor,
-    masks_BXH: torch.Tensor,
+    hidden_BRH: torch.Tensor,
+    num_masks: int,
     block_after_BN: torch.Tensor,
     state: State,
     sampling: Sampling,
 ) -> Outcome:
-    """Verify, commit and propose, given the final hidden states of a forward."""
-    drafts = state.drafts
-    logits_BNV = method.decoder.logits(clean_BNH)
+    """Verify, commit and propose, given the final hidden states of a forward's last rows."""
+    drafts, B, M = state.drafts, len(hidden_BRH), method.layout.block_size
+    N = hidden_BRH.shape[1] - num_masks
+    # The output layer is read once for all rows where that is cheaper than reading it again for
+    # the one block that is used.
+    at_once = num_masks == M or hidden_BRH.shape[0] * hidden_BRH.shape[1] <= ONE_PASS_ROWS
+    logits_BRV = method.decoder.logits(hidden_BRH if at_once else hidden_BRH[:, :N])
+    logits_BNV = logits_BRV[:, :N]
     first_B = state.length_B + 1
     verdict = verify(method.rule, logits_BNV, drafts, first_B, sampling)
     tokens_BN = torch.cat((drafts.tokens_BM, verdict.next_B[:, None]), dim=1)
     tokens_BN.scatter_(1, verdict.accepted_B[:, None], verdict.next_B[:, None])
     sampling.commit(tokens_BN, verdict.accepted_B + 1)
     length_B = first_B + verdict.accepted_B
-    M = method.layout.block_size
     if M == 0:
-        proposals = Drafts.none(len(length_B), length_B.device)
+        proposals = Drafts.none(B, length_B.device)
     else:
         block_B = block_after_BN.gather(1, verdict.accepted_B[:, None]).squeeze(1)
-        batch_B = torch.arange(len(block_B), device=block_B.device)
-        block_BMH = masks_BXH.unflatten(1, (-1, M))[batch_B, block_B.clamp(min=0)]
+        batch_B = torch.arange(B, device=block_B.device)
+
+        def used(rows_BXA: torch.Tensor) -> torch.Tensor:
+            """Of the mask rows, those of the block that follows the committed tokens."""
+            return rows_BXA.unflatten(1, (-1, M))[batch_B, block_B.clamp(min=0)]
+
+        block_BMH = used(hidden_BRH[:, N:])
         proposals = propose(
             method.decoder,
             method.adapter,
             block_BMH,
+            used(logits_BRV[:, N:]) if at_once else method.decoder.logits(block_BMH),
             verdict.next_B,
             length_B + 1,
             sampling,

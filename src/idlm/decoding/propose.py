@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from idlm.decoding.random import Stream, exponential
-from idlm.decoding.sampling import Sampling, distribution, sample
+from idlm.decoding.sampling import Sampling, distribution, greedy_choice, sample
 from idlm.decoding.verify import Drafts
+from idlm.model import cpu_kernels
 from idlm.model.adapter import Adapter
 from idlm.model.decoder import Decoder
 
@@ -17,6 +18,7 @@ def propose(
     decoder: Decoder,
     adapter: Adapter | None,
     hidden_BMH: torch.Tensor,
+    logits_BMV: torch.Tensor,
     first_B: torch.Tensor,
     position_B: torch.Tensor,
     sampling: Sampling,
@@ -33,12 +35,12 @@ def propose(
 
     Args:
         hidden_BMH: final hidden states of the mask block.
+        logits_BMV: the output layer on them.
         first_B: the token that this forward sampled, which stands before the first draft.
         position_B: position of the first draft.
         coupled: draw with the noise that verification will use (the coupled rule).
     """
-    logits_BMV = decoder.logits(hidden_BMH)
-    top = logits_BMV.topk(min(candidates, logits_BMV.shape[-1]), dim=-1)
+    ids_BMK = likeliest(logits_BMV, min(candidates, logits_BMV.shape[-1]))
     stream = Stream.TOKEN if coupled else Stream.DRAFT
     head = None if adapter is None else adapter.head
     if head is not None:
@@ -48,25 +50,36 @@ def propose(
     tokens: list[torch.Tensor] = []
     probs: list[torch.Tensor] = []
     for j in range(hidden_BMH.shape[1]):
-        ids_B1K, logits_B1K = top.indices[:, j : j + 1], top.values[:, j : j + 1]
-        if head is not None:
-            token_BH = decoder.embed(previous_B)
-            state_BH = head.step(projected_BMW[:, j], token_BH, state_BH)
-            h_B1H = (hidden_BMH[:, j] + state_BH)[:, None].float()
-            rows_BKH = decoder.output_weight[ids_B1K[:, 0]]
-            logits_B1K = (rows_BKH.float() * h_B1H).sum(-1)[:, None]
+        ids_B1K = ids_BMK[:, j : j + 1]
+        if head is None:
+            logits_B1K = logits_BMV[:, j : j + 1].gather(2, ids_B1K)
+        else:
+            state_BH = head.step(projected_BMW[:, j], decoder.embed(previous_B), state_BH)
+            logits_B1K = decoder.logits_at(hidden_BMH[:, j] + state_BH, ids_B1K[:, 0])[:, None]
         drafts_B1E = (
             torch.stack(tokens, dim=1)[:, None] if tokens else first_B[:, None, None][..., :0]
         )
-        q_B1K = distribution(logits_B1K, sampling, drafts_B1E, ids_B1K)
         if sampling.all_greedy:
-            choice_B1 = q_B1K.argmax(-1)
+            choice_B1 = greedy_choice(logits_B1K, sampling, drafts_B1E, ids_B1K)
+            q_BK = torch.zeros_like(logits_B1K[:, 0], dtype=torch.float32)
+            q_BK.scatter_(1, choice_B1, 1.0)
         else:
+            q_BK = distribution(logits_B1K, sampling, drafts_B1E, ids_B1K)[:, 0]
             place_B1 = (position_B + j)[:, None]
             noise_BK = exponential(sampling.seed_B[:, None], place_B1, stream, ids_B1K[:, 0])
-            choice_B1 = sample(q_B1K[:, 0], noise_BK)[:, None]
+            choice_B1 = sample(q_BK, noise_BK)[:, None]
         previous_B = ids_B1K[:, 0].gather(1, choice_B1).squeeze(1)
         tokens.append(previous_B)
-        probs.append(q_B1K[:, 0])
+        probs.append(q_BK)
     count_B = torch.full_like(first_B, len(tokens))
-    return Drafts(torch.stack(tokens, dim=1), top.indices, torch.stack(probs, dim=1), count_B)
+    return Drafts(torch.stack(tokens, dim=1), ids_BMK, torch.stack(probs, dim=1), count_B)
+
+
+def likeliest(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids ``[..., k]`` of the ``k`` likeliest tokens, in any order.
+
+    On the CPU, fp32 logits are compared to bf16 precision only.
+    """
+    if cpu_kernels.usable(logits):
+        return cpu_kernels.top(logits, k)
+    return logits.topk(k, dim=-1).indices

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from idlm.decoding.params import SamplingParams
+from idlm.model import cpu_kernels
 
 
 @dataclass
@@ -126,6 +127,20 @@ def adjusted_logits(
     if sampling.bias_BV is not None:
         logits_BRX = logits_BRX + _select(sampling.bias_BV, ids_BRX)
     return logits_BRX
+
+
+def greedy_choice(
+    logits_BRX: torch.Tensor,
+    sampling: Sampling,
+    drafts_BRE: torch.Tensor,
+    ids_BRX: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Index ``[B, R]`` of the largest adjusted logit, the first of equals; arguments as above."""
+    if sampling.counts_BV is not None or sampling.bias_BV is not None:
+        logits_BRX = adjusted_logits(logits_BRX, sampling, drafts_BRE, ids_BRX)
+    if cpu_kernels.usable(logits_BRX):
+        return cpu_kernels.argmax(logits_BRX)
+    return logits_BRX.argmax(dim=-1)
 
 
 def distribution(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from idlm.decoding.random import Stream, exponential, uniform
-from idlm.decoding.sampling import Sampling, adjusted_logits, distribution, sample
+from idlm.decoding.sampling import Sampling, distribution, greedy_choice, sample
 from idlm.errors import InvalidRequestError
 
 RULES = ("rejection", "coupled")
@@ -100,7 +100,7 @@ def verify(
     """
     before_BNM = _drafts_before(drafts.tokens_BM)
     if sampling.all_greedy:
-        targets_BN = adjusted_logits(logits_BNV, sampling, before_BNM).argmax(dim=-1)
+        targets_BN = greedy_choice(logits_BNV, sampling, before_BNM)
         matches_BM = targets_BN[:, :-1] == drafts.tokens_BM
         return _matched(targets_BN, drafts, matches_BM.float())
     p_BNV = distribution(logits_BNV, sampling, before_BNM)

@@ -86,8 +86,8 @@ class AdapterConfig:
 class LoraLinear(nn.Module):
     """Low-rank updates of the modules in one fused projection.
 
-    The down-projections ``A`` of all modules are one product; the up-projections ``B`` are one
-    product with a block-diagonal weight.
+    The down-projections ``A`` of all modules are one product; so are the up-projections ``B``, with
+    a block-diagonal weight (on the CPU without its zeros: `cpu_stack`).
     """
 
     def __init__(self, in_features: int, out_features: tuple[int, ...], rank: int, scale: float):
@@ -111,11 +111,7 @@ class LoraLinear(nn.Module):
             if first == 0:
                 return y_BRO + update_BMO
             return torch.cat((y_BRO[:, :first], y_BRO[:, first:] + update_BMO), dim=1)
-        if cpu_kernels.usable(x_BMI):
-            z_BMZ = cpu_kernels.linear(x_BMI, self.A)
-            cpu_kernels.linear(z_BMZ, self._up_OZ, out=y_BRO[:, first:], accumulate=True)
-        else:
-            y_BRO[:, first:] += F.linear(F.linear(x_BMI, self.A), self._up_OZ)
+        y_BRO[:, first:] += F.linear(F.linear(x_BMI, self.A), self._up_OZ)
         return y_BRO
 
     def _up(self) -> torch.Tensor:
@@ -199,6 +195,11 @@ class Adapter(nn.Module):
     def layer(self, index: int) -> dict[str, LoraLinear]:
         """The LoRAs of one decoder layer by fused projection."""
         return dict(self.lora[index].items())  # type: ignore[operator]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `freeze` has been called."""
+        return not self.mask_embedding.requires_grad
 
     def freeze(self) -> Adapter:
         """Prepare for inference: no gradients, fused up-projections. Returns self."""

@@ -36,13 +36,19 @@
 #define VL 4
 #endif
 #define GROUP (2 * VL) /* elements of a weight row that one step of the inner loop consumes */
-#define OB 4           /* outputs (weight rows) of a register block */
+/* A register block of the dot products: rows * outputs accumulators must fit the register file.
+ * Many rows take fewer outputs: one pass over the weights for up to TALL_RB rows. */
+#define OB 4
+#define TALL_OB 3
 #if VL == 16
-#define RB 6 /* rows of a register block: RB * OB accumulators must fit the register file */
+#define RB 6
+#define TALL_RB 9
 #elif defined(__aarch64__)
 #define RB 5
+#define TALL_RB 7
 #else
 #define RB 2
+#define TALL_RB 3
 #endif
 
 typedef float vf __attribute__((vector_size(4 * VL)));
@@ -286,18 +292,18 @@ INLINE void pack_row(float *tile, int64_t rows, int64_t r, const char *src, bool
     }
 }
 
-INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x,
-                     const char *w, int64_t w_stride) {
+INLINE void dot_step(vf acc[TALL_RB][OB], const int rows, const int outs, bool half,
+                     const float *x, const char *w, int64_t w_stride) {
 #pragma GCC unroll 2
     for (int part = 0; part < 2; part++) {
         vf wv[OB];
-#pragma GCC unroll 8
-        for (int o = 0; o < OB; o++) wv[o] = load_part(w + o * w_stride, half, part);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
+        for (int o = 0; o < outs; o++) wv[o] = load_part(w + o * w_stride, half, part);
+#pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const vf xv = vload(x + r * GROUP + part * VL);
-#pragma GCC unroll 8
-            for (int o = 0; o < OB; o++) acc[r][o] = vfma(xv, wv[o], acc[r][o]);
+#pragma GCC unroll 16
+            for (int o = 0; o < outs; o++) acc[r][o] = vfma(xv, wv[o], acc[r][o]);
         }
         /* Read the weights again for the second half instead of keeping them: registers are the
          * scarce resource here. */
@@ -305,37 +311,38 @@ INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x,
     }
 }
 
-/* out[r * out_stride + o] = the dot product of row r of the packed tile with weight row o. */
-INLINE void dot_block(float *out, int64_t out_stride, const int rows, bool half, const float *x,
-                      const char *w, int64_t w_stride, int64_t n, int64_t ahead, int phase,
-                      int period) {
+/* out[r * out_stride + o] = the dot product of row r of the packed tile with weight row o. Four
+ * floats are written for each row, `outs` of them count. */
+INLINE void dot_block(float *out, int64_t out_stride, const int rows, const int outs, bool half,
+                      const float *x, const char *w, int64_t w_stride, int64_t n, int64_t ahead,
+                      int phase, int period) {
     const int64_t group_bytes = GROUP * (half ? 2 : 4), full = n / GROUP;
-    vf acc[RB][OB];
-#pragma GCC unroll 8
+    vf acc[TALL_RB][OB];
+#pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 8
-        for (int o = 0; o < OB; o++) acc[r][o] = (vf){0};
+#pragma GCC unroll 16
+        for (int o = 0; o < outs; o++) acc[r][o] = (vf){0};
     for (int64_t g = 0; g < full; g++) {
         const char *p = w + g * group_bytes;
         if (--phase < 0) {
             phase += period;
-#pragma GCC unroll 8
-            for (int o = 0; o < OB; o++)
+#pragma GCC unroll 16
+            for (int o = 0; o < outs; o++)
                 for (int64_t line = 0; line < group_bytes; line += 64)
                     __builtin_prefetch(p + ahead + o * w_stride + line, 0, 2);
         }
-        dot_step(acc, rows, half, x + g * rows * GROUP, p, w_stride);
+        dot_step(acc, rows, outs, half, x + g * rows * GROUP, p, w_stride);
     }
     const int64_t rest = n - full * GROUP;
     if (rest) {
         char tail[OB][GROUP * 4] = {{0}};
-        for (int o = 0; o < OB; o++)
+        for (int o = 0; o < outs; o++)
             memcpy(tail[o], w + o * w_stride + full * group_bytes, rest * (half ? 2 : 4));
-        dot_step(acc, rows, half, x + full * rows * GROUP, tail[0], sizeof tail[0]);
+        dot_step(acc, rows, outs, half, x + full * rows * GROUP, tail[0], sizeof tail[0]);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
-        const v4f sums = reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+        const v4f sums = reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][outs - 1]);
         memcpy(out + r * out_stride, &sums, sizeof sums);
     }
 }
@@ -350,116 +357,35 @@ INLINE void dot_block(float *out, int64_t out_stride, const int rows, bool half,
         case 5: if (RB >= 5) CALL(5); break; \
         case 6: if (RB >= 6) CALL(6); break; \
     }
+/* The same for RB < rows <= TALL_RB. */
+#define DISPATCH_TALL(rows, CALL)                           \
+    switch (rows) {                                         \
+        case 3: if (RB < 3) CALL(3); break;                 \
+        case 6: if (RB < 6 && TALL_RB >= 6) CALL(6); break; \
+        case 7: if (RB < 7 && TALL_RB >= 7) CALL(7); break; \
+        case 8: if (RB < 8 && TALL_RB >= 8) CALL(8); break; \
+        case 9: if (RB < 9 && TALL_RB >= 9) CALL(9); break; \
+    }
 
+INLINE int outputs_of(int64_t rows) { return rows > RB ? TALL_OB : OB; }
+
+/* `rows` <= TALL_RB rows by outputs_of(rows) weight rows; four floats are written per row. */
 #define DEFINE_DOT(NAME)                                                                     \
     static void NAME(float *out, int64_t os, int rows, const float *x, const char *w,        \
                      int64_t ws, int64_t n, int64_t ahead, int phase, int period) {          \
-        DISPATCH_ROWS(rows, NAME##_call)                                                     \
+        if (rows > RB)                                                                       \
+            DISPATCH_TALL(rows, NAME##_tall)                                                 \
+        else                                                                                 \
+            DISPATCH_ROWS(rows, NAME##_block)                                                \
     }
-#define dot_bf16_call(R) dot_block(out, os, R, true, x, w, ws, n, ahead, phase, period)
-#define dot_fp32_call(R) dot_block(out, os, R, false, x, w, ws, n, ahead, phase, period)
+#define dot_bf16_block(R) dot_block(out, os, R, OB, true, x, w, ws, n, ahead, phase, period)
+#define dot_bf16_tall(R) dot_block(out, os, R, TALL_OB, true, x, w, ws, n, ahead, phase, period)
+#define dot_fp32_block(R) dot_block(out, os, R, OB, false, x, w, ws, n, ahead, phase, period)
+#define dot_fp32_tall(R) dot_block(out, os, R, TALL_OB, false, x, w, ws, n, ahead, phase, period)
 DEFINE_DOT(dot_bf16)
 DEFINE_DOT(dot_fp32)
 
-/* ---- linear --------------------------------------------------------------------------------- */
-
-typedef struct {
-    const char *x, *w, *bias;
-    char *y;
-    /* Row r is row r % inner of batch r / inner; strides in elements. */
-    int64_t rows, inner, x_batch, x_row, y_batch, y_row;
-    int64_t in, out, row_block, out_block, out_tasks;
-    bool accumulate;
-} Linear;
-
-#define W_CHUNK 16 /* weight rows that stay in cache while all row tiles pass over them */
-
-INLINE void linear_task(const Linear *a, int64_t index, bool half) {
-    const int64_t size = half ? 2 : 4;
-    const int64_t row0 = index / a->out_tasks * a->row_block;
-    const int64_t rows = min64(a->row_block, a->rows - row0);
-    const int64_t begin = index % a->out_tasks * a->out_block;
-    const int64_t end = min64(a->out, begin + a->out_block);
-    const int64_t xs = padded(a->in), tiles = ceil_div(rows, RB), w_stride = a->in * size;
-    float *x = scratch(rows * (xs * sizeof(float) + sizeof(char *)));
-    char **y = (char **)(x + rows * xs);
-    for (int64_t t = 0; t < tiles; t++) {
-        const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-        for (int64_t r = r0; r < r1; r++) {
-            const int64_t b = (row0 + r) / a->inner, i = (row0 + r) % a->inner;
-            const char *src = a->x + (b * a->x_batch + i * a->x_row) * size;
-            pack_row(x + r0 * xs, r1 - r0, r - r0, src, half, a->in);
-            y[r] = a->y + (b * a->y_batch + i * a->y_row) * size;
-        }
-    }
-
-    /* All row tiles pass over one chunk of weights; each pass prefetches its share of the next. */
-    for (int64_t chunk = begin; chunk < end; chunk += W_CHUNK) {
-        const int64_t chunk_end = min64(end, chunk + W_CHUNK);
-        for (int64_t t = 0; t < tiles; t++) {
-            const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-            for (int64_t o = chunk, n; o < chunk_end; o += n) {
-                n = chunk_end - o < OB ? 1 : OB; /* the last outputs go one by one: stride 0 */
-                v4f sums[RB];
-                (half ? dot_bf16 : dot_fp32)((float *)sums, OB, (int)(r1 - r0), x + r0 * xs,
-                                             a->w + o * w_stride, n == OB ? w_stride : 0, a->in,
-                                             W_CHUNK * w_stride, (int)t, (int)tiles);
-                v4f bias = {0};
-                if (a->bias) bias = load4(a->bias + o * size, half, n);
-                for (int64_t r = r0; r < r1; r++) {
-                    v4f v = sums[r - r0] + bias;
-                    if (a->accumulate) v += load4(y[r] + o * size, half, n);
-                    store4(y[r] + o * size, half, n, v);
-                }
-            }
-        }
-    }
-}
-
-static void linear_task_bf16(const void *a, int64_t index) { linear_task(a, index, true); }
-static void linear_task_fp32(const void *a, int64_t index) { linear_task(a, index, false); }
-
-/* y[r, o] = sum_i x[r, i] * w[o, i] (+ bias[o]) (+ y[r, o] if accumulate), rounded once. */
-EXPORT void idlm_linear(int half, const void *x, int64_t x_batch, int64_t x_row, const void *w,
-                        const void *bias, void *y, int64_t y_batch, int64_t y_row, int64_t rows,
-                        int64_t inner, int64_t in, int64_t out, int accumulate, int64_t threads) {
-    if (rows == 0 || out == 0) return;
-    const int64_t budget = 384 * 1024; /* bytes of packed rows: they stay in the L2 cache */
-    Linear a = {.x = x, .w = w, .bias = bias, .y = y, .rows = rows, .inner = inner,
-                .x_batch = x_batch, .x_row = x_row, .y_batch = y_batch, .y_row = y_row,
-                .in = in, .out = out, .accumulate = accumulate};
-    threads = useful_threads(threads, (1 + rows / 2) * in * out / VL);
-    a.row_block = min64(rows, max64(RB, budget / ((in + GROUP) * 4) / RB * RB));
-    a.out_block = max64(W_CHUNK, ceil_div(ceil_div(out, threads * 2), OB) * OB);
-    a.out_tasks = ceil_div(out, a.out_block);
-    parallel_for(half ? linear_task_bf16 : linear_task_fp32, &a,
-                 ceil_div(rows, a.row_block) * a.out_tasks, threads);
-}
-
-/* ---- attention ------------------------------------------------------------------------------ */
-
-/* Replace n scores by exp((score - max) * scale); returns the inverse of their sum. `s` has room
- * up to a multiple of VL. */
-static float softmax(float *s, int64_t n, float scale) {
-    if (n == 0) return 0;
-    const int64_t whole = ceil_div(n, VL) * VL;
-    for (int64_t i = n; i < whole; i++) s[i] = -__builtin_inff();
-    vf m = vload(s);
-    for (int64_t i = VL; i < whole; i += VL) {
-        const vf v = vload(s + i);
-        const vu greater = (vu)(v > m);
-        m = (vf)(((vu)v & greater) | ((vu)m & ~greater));
-    }
-    float max = m[0];
-    for (int i = 1; i < VL; i++) max = m[i] > max ? m[i] : max;
-    vf sum = {0};
-    for (int64_t i = 0; i < whole; i += VL) {
-        const vf e = vexp((vload(s + i) - max) * scale);
-        memcpy(s + i, &e, sizeof e);
-        sum += e;
-    }
-    return 1.0f / reduce4(sum, sum, sum, sum)[0];
-}
+/* ---- weighted sums of rows ------------------------------------------------------------------- */
 
 #define VB 4 /* vectors of values that are mixed together */
 
@@ -494,6 +420,163 @@ INLINE void mix_block(const int rows, const int count, bool half, float *o, int6
             memcpy(o + r * o_stride + i * VL, &acc[r][i], sizeof(vf));
 }
 
+INLINE void mix_vector(int rows, bool half, float *o, int64_t o_stride, const float *const *p,
+                       const char *v, int64_t v_stride, int64_t keys, int64_t n) {
+#define MIX_VECTOR(R) mix_block(R, 1, half, o, o_stride, p, v, v_stride, keys, n)
+    DISPATCH_ROWS(rows, MIX_VECTOR)
+}
+
+/* ---- linear --------------------------------------------------------------------------------- */
+
+typedef struct {
+    const char *x, *w, *bias;
+    char *y;
+    /* Row r is row r % inner of batch r / inner; strides in elements. */
+    int64_t rows, inner, x_batch, x_row, y_batch, y_row;
+    int64_t in, out, row_block, out_block, out_tasks;
+    bool accumulate, wide; /* wide: y is fp32 whatever x is */
+    /* Low-rank update of the last `masks` of each `inner` rows: output o, which is of the first part
+     * with o < part_end[part], gets z[row, part, :] @ up[o / UP, :, o % UP]. */
+    const float *z;
+    const char *up;
+    int64_t masks, rank, z_row;
+    const int64_t *part_end;
+} Linear;
+
+/* Weight rows between two visits to the results. Where several row tiles pass over them, they stay
+ * in cache, and each pass prefetches its share of the next ones: fewer then. */
+#define CHUNK 48
+#define SHARED_CHUNK 24
+#define AHEAD 16           /* distance of the prefetch in weight rows where there is one tile */
+#define UP 16
+#define SUMS (CHUNK + VL) /* stride of a row of sums: whole vectors may be written at its end */
+
+/* Add the low-rank update to the sums of outputs begin .. end - 1. */
+INLINE void add_low_rank(const Linear *a, float *sums, int64_t row0, int64_t rows, int64_t begin,
+                         int64_t end, bool half) {
+    const int64_t size = half ? 2 : 4, clean = a->inner - a->masks;
+    for (int64_t r = 0, n; r < rows; r += n) {
+        const int64_t b = (row0 + r) / a->inner, i = (row0 + r) % a->inner;
+        if (i < clean) {
+            n = clean - i;
+            continue;
+        }
+        n = min64(min64(rows - r, a->inner - i), RB);
+        const float *z = a->z + (b * a->masks + i - clean) * a->z_row;
+        for (int64_t o = begin, part = 0, width; o < end; o += width) {
+            while (o >= a->part_end[part]) part++;
+            width = min64(min64(VL, UP - o % UP), min64(end, a->part_end[part]) - o);
+            const float *p[RB];
+            for (int64_t j = 0; j < n; j++) p[j] = z + j * a->z_row + part * a->rank;
+            mix_vector((int)n, half, sums + r * SUMS + o - begin, SUMS, p,
+                       a->up + (o / UP * a->rank * UP + o % UP) * size, UP * size, a->rank, width);
+        }
+    }
+}
+
+INLINE void linear_task(const Linear *a, int64_t index, bool half) {
+    const int64_t size = half ? 2 : 4, y_size = a->wide ? 4 : size;
+    const int64_t row0 = index / a->out_tasks * a->row_block;
+    const int64_t rows = min64(a->row_block, a->rows - row0);
+    const int64_t begin = index % a->out_tasks * a->out_block;
+    const int64_t end = min64(a->out, begin + a->out_block);
+    const int64_t xs = padded(a->in), tiles = ceil_div(rows, TALL_RB), w_stride = a->in * size;
+    float *x = scratch(rows * ((xs + SUMS) * sizeof(float) + sizeof(char *)));
+    float *sums = x + rows * xs;
+    char **y = (char **)(sums + rows * SUMS);
+    for (int64_t t = 0; t < tiles; t++) {
+        const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
+        for (int64_t r = r0; r < r1; r++) {
+            const int64_t b = (row0 + r) / a->inner, i = (row0 + r) % a->inner;
+            const char *src = a->x + (b * a->x_batch + i * a->x_row) * size;
+            pack_row(x + r0 * xs, r1 - r0, r - r0, src, half, a->in);
+            y[r] = a->y + (b * a->y_batch + i * a->y_row) * y_size;
+        }
+    }
+
+    const int64_t step = tiles == 1 ? CHUNK : SHARED_CHUNK;
+    const int64_t ahead = (tiles == 1 ? AHEAD : SHARED_CHUNK) * w_stride;
+    for (int64_t chunk = begin; chunk < end; chunk += step) {
+        const int64_t chunk_end = min64(end, chunk + step);
+        if (a->up) { /* wanted when the sums of the chunk are done */
+            const char *from = a->up + chunk / UP * a->rank * UP * size;
+            const char *to = a->up + ceil_div(chunk_end, UP) * a->rank * UP * size;
+            for (; from < to; from += 64) __builtin_prefetch(from, 0, 2);
+        }
+        for (int64_t t = 0; t < tiles; t++) {
+            const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
+            const int64_t outs = outputs_of(r1 - r0);
+            for (int64_t o = chunk, n; o < chunk_end; o += n) {
+                n = chunk_end - o < outs ? 1 : outs; /* the last outputs go one by one: stride 0 */
+                (half ? dot_bf16 : dot_fp32)(sums + r0 * SUMS + o - chunk, SUMS, (int)(r1 - r0),
+                                             x + r0 * xs, a->w + o * w_stride,
+                                             n > 1 ? w_stride : 0, a->in, ahead, (int)t,
+                                             (int)tiles);
+            }
+        }
+        if (a->up) add_low_rank(a, sums, row0, rows, chunk, chunk_end, half);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t o = chunk; o < chunk_end; o += VL) {
+                const int64_t n = chunk_end - o;
+                char *to = y[r] + o * y_size;
+                vf v = vload(sums + r * SUMS + o - chunk);
+                if (a->bias) v += load_vector(a->bias + o * size, half, n);
+                if (a->accumulate) v += load_vector(to, half, n);
+                store_vector(to, half && !a->wide, n, v);
+            }
+    }
+}
+
+static void linear_task_bf16(const void *a, int64_t index) { linear_task(a, index, true); }
+static void linear_task_fp32(const void *a, int64_t index) { linear_task(a, index, false); }
+
+static void linear(Linear *a, bool half, int64_t threads) {
+    if (a->rows == 0 || a->out == 0) return;
+    const int64_t budget = 384 * 1024; /* bytes of packed rows: they stay in the L2 cache */
+    /* A weight costs as much to read as to multiply with several rows. */
+    threads = useful_threads(threads, (4 + a->rows / 2) * a->in * a->out / VL);
+    a->row_block = min64(a->rows, max64(RB, budget / ((a->in + GROUP) * 4) / RB * RB));
+    a->out_block = ceil_div(ceil_div(a->out, threads * 2), OB * TALL_OB) * OB * TALL_OB;
+    a->out_tasks = ceil_div(a->out, a->out_block);
+    parallel_for(half ? linear_task_bf16 : linear_task_fp32, a,
+                 ceil_div(a->rows, a->row_block) * a->out_tasks, threads);
+}
+
+/* y[r, o] = sum_i x[r, i] * w[o, i] (+ bias[o]) (+ y[r, o] if accumulate), rounded once. */
+EXPORT void idlm_linear(int half, const void *x, int64_t x_batch, int64_t x_row, const void *w,
+                        const void *bias, void *y, int64_t y_batch, int64_t y_row, int64_t rows,
+                        int64_t inner, int64_t in, int64_t out, int accumulate, int64_t threads) {
+    Linear a = {.x = x, .w = w, .bias = bias, .y = y, .rows = rows, .inner = inner,
+                .x_batch = x_batch, .x_row = x_row, .y_batch = y_batch, .y_row = y_row,
+                .in = in, .out = out, .accumulate = accumulate};
+    linear(&a, half, threads);
+}
+
+/* ---- attention ------------------------------------------------------------------------------ */
+
+/* Replace n scores by exp((score - max) * scale); returns the inverse of their sum. `s` has room
+ * up to a multiple of VL. */
+static float softmax(float *s, int64_t n, float scale) {
+    if (n == 0) return 0;
+    const int64_t whole = ceil_div(n, VL) * VL;
+    for (int64_t i = n; i < whole; i++) s[i] = -__builtin_inff();
+    vf m = vload(s);
+    for (int64_t i = VL; i < whole; i += VL) {
+        const vf v = vload(s + i);
+        const vu greater = (vu)(v > m);
+        m = (vf)(((vu)v & greater) | ((vu)m & ~greater));
+    }
+    float max = m[0];
+    for (int i = 1; i < VL; i++) max = m[i] > max ? m[i] : max;
+    vf sum = {0};
+    for (int64_t i = 0; i < whole; i += VL) {
+        const vf e = vexp((vload(s + i) - max) * scale);
+        memcpy(s + i, &e, sizeof e);
+        sum += e;
+    }
+    return 1.0f / reduce4(sum, sum, sum, sum)[0];
+}
+
 /* Elements of a value that mix handles as whole groups; the rest goes vector by vector. */
 INLINE int64_t grouped(int64_t head_dim) { return head_dim / (VB * VL) * (VB * VL); }
 
@@ -504,11 +587,9 @@ INLINE void mix(int rows, bool half, int64_t head_dim, float *o, int64_t o_strid
 #define MIX_GROUPS(R) mix_block(R, VB, half, o + d, o_stride, p, v + d * size, v_stride, keys, VL)
         DISPATCH_ROWS(rows, MIX_GROUPS)
     }
-    for (int64_t d = middle; d < head_dim; d += VL) {
-        const int64_t n = min64(VL, head_dim - d);
-#define MIX_VECTOR(R) mix_block(R, 1, half, o + d, o_stride, p, v + d * size, v_stride, keys, n)
-        DISPATCH_ROWS(rows, MIX_VECTOR)
-    }
+    for (int64_t d = middle; d < head_dim; d += VL)
+        mix_vector(rows, half, o + d, o_stride, p, v + d * size, v_stride, keys,
+                   min64(VL, head_dim - d));
 }
 
 static void mix_bf16(int rows, int64_t d, float *o, int64_t os, const float *const *p,
@@ -639,6 +720,25 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
 static void attention_task_bf16(const void *a, int64_t index) { attention_task(a, index, true); }
 static void attention_task_fp32(const void *a, int64_t index) { attention_task(a, index, false); }
 
+static void attention(Attention *a, int64_t batch, bool half, int64_t threads) {
+    int64_t keys = 0;
+    for (int64_t b = 0; b < batch; b++) keys += a->start[b] + a->rows;
+    threads = useful_threads(threads,
+                             keys * a->rows * a->kv_heads * a->group * a->head_dim * 2 / VL);
+    /* Few rows: smaller tiles, so that there is work for every thread. */
+    const int64_t all_rows = batch * a->kv_heads * a->rows * a->group;
+    a->tile = max64(1, min64(RB, ceil_div(all_rows, 4 * threads)));
+    a->tiles = ceil_div(a->rows * a->group, a->tile);
+    parallel_for(half ? attention_task_bf16 : attention_task_fp32, a,
+                 batch * a->kv_heads * a->tiles, threads);
+}
+
+static bool rows_fit(const int64_t *start, int64_t batch, int64_t rows, int64_t cache_length) {
+    for (int64_t b = 0; b < batch; b++)
+        if (start[b] < 0 || start[b] + rows > cache_length) return false;
+    return true;
+}
+
 /* Attention of in-flight rows over a KV cache; see cpu_kernels.py for the shapes. `out` is dense,
  * window 0 means none. False, and nothing done, if the rows do not fit into the cache. */
 EXPORT bool idlm_attention(int half, const void *q, int64_t q_batch, int64_t q_row, int64_t q_head,
@@ -652,63 +752,60 @@ EXPORT bool idlm_attention(int half, const void *q, int64_t q_batch, int64_t q_r
                    .start = start, .positions = positions, .visible = visible, .rows = rows,
                    .kv_heads = kv_heads, .group = group, .head_dim = head_dim,
                    .cache_length = cache_length, .window = window, .scale = scale};
-    if (rows == 0) return true;
-    int64_t keys = 0;
-    for (int64_t b = 0; b < batch; b++) {
-        if (start[b] < 0 || start[b] + rows > cache_length) return false;
-        keys += start[b] + rows;
-    }
-    threads = useful_threads(threads, keys * rows * kv_heads * group * head_dim * 2 / VL);
-    /* Few rows: smaller tiles, so that there is work for every thread. */
-    const int64_t all_rows = batch * kv_heads * rows * group;
-    a.tile = max64(1, min64(RB, ceil_div(all_rows, 4 * threads)));
-    a.tiles = ceil_div(rows * group, a.tile);
-    parallel_for(half ? attention_task_bf16 : attention_task_fp32, &a,
-                 batch * kv_heads * a.tiles, threads);
+    if (!rows_fit(start, batch, rows, cache_length)) return false;
+    if (rows > 0) attention(&a, batch, half, threads);
     return true;
 }
 
-/* Copy the in-flight rows [batch, rows, heads, width] to the cache, row r of request b to index
- * start[b] + r. Strides in elements; false, and nothing done, if the rows do not fit. */
+/* Copy in-flight rows [batch, rows, heads, width] to the cache, row r of request b to index
+ * start[b] + r. Strides in elements. */
+static void append(bool half, const char *x, int64_t x_batch, int64_t x_row, int64_t x_head,
+                   char *cache, int64_t batch_stride, int64_t head_stride, int64_t row_stride,
+                   const int64_t *start, int64_t batch, int64_t rows, int64_t heads,
+                   int64_t width) {
+    const int64_t size = half ? 2 : 4;
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t h = 0; h < heads; h++)
+                memcpy(cache + (b * batch_stride + h * head_stride + (start[b] + r) * row_stride) *
+                                   size,
+                       x + (b * x_batch + r * x_row + h * x_head) * size, (size_t)(width * size));
+}
+
+/* append to the cache; false, and nothing done, if the rows do not fit. */
 EXPORT bool idlm_append(int half, const void *x, int64_t x_batch, int64_t x_row, int64_t x_head,
                         void *cache, int64_t batch_stride, int64_t head_stride,
                         int64_t row_stride, const int64_t *start, int64_t batch, int64_t rows,
                         int64_t heads, int64_t width, int64_t cache_length) {
-    const int64_t size = half ? 2 : 4;
-    for (int64_t b = 0; b < batch; b++)
-        if (start[b] < 0 || start[b] + rows > cache_length) return false;
-    for (int64_t b = 0; b < batch; b++)
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t h = 0; h < heads; h++)
-                memcpy((char *)cache + (b * batch_stride + h * head_stride +
-                                        (start[b] + r) * row_stride) * size,
-                       (const char *)x + (b * x_batch + r * x_row + h * x_head) * size,
-                       (size_t)(width * size));
+    if (!rows_fit(start, batch, rows, cache_length)) return false;
+    append(half, x, x_batch, x_row, x_head, cache, batch_stride, head_stride, row_stride, start,
+           batch, rows, heads, width);
     return true;
 }
 
 /* ---- small operators ------------------------------------------------------------------------ */
 
-/* The operand x[n0, n1, n2, width] by its strides; results are dense. Row i is row (i / n2 / n1,
- * i / n2 % n1, i % n2). */
+/* Rows x[rows, heads, width] to y, each with strides in elements; y may be x. */
 typedef struct {
     const char *x, *a, *b;
     char *y;
-    int64_t n1, n2, stride0, stride1, stride2, rows, width, block;
+    int64_t rows, heads, x_row, x_head, y_row, y_head, width, block;
     float eps;
 } RowWise;
 
-INLINE const char *row_address(const RowWise *op, int64_t i, int64_t size) {
-    const int64_t outer = i / op->n2;
-    return op->x + (outer / op->n1 * op->stride0 + outer % op->n1 * op->stride1 +
-                    i % op->n2 * op->stride2) * size;
+INLINE const char *x_at(const RowWise *op, int64_t row, int64_t head, int64_t size) {
+    return op->x + (row * op->x_row + head * op->x_head) * size;
+}
+
+INLINE char *y_at(const RowWise *op, int64_t row, int64_t head, int64_t size) {
+    return op->y + (row * op->y_row + head * op->y_head) * size;
 }
 
 /* a: weight[width] */
-INLINE void rms_norm_row(const RowWise *op, int64_t i, bool half) {
+INLINE void rms_norm_row(const RowWise *op, int64_t row, int64_t head, bool half) {
     const int64_t size = half ? 2 : 4, n = op->width;
-    const char *x = row_address(op, i, size);
-    char *y = op->y + i * n * size;
+    const char *x = x_at(op, row, head, size);
+    char *y = y_at(op, row, head, size);
     vf squares = {0};
     for (int64_t d = 0; d < n; d += VL) {
         const vf v = load_vector(x + d * size, half, n - d);
@@ -723,12 +820,13 @@ INLINE void rms_norm_row(const RowWise *op, int64_t i, bool half) {
     }
 }
 
-/* a, b: cosines and signed sines [n0 * n1, width] */
-INLINE void rotate_row(const RowWise *op, int64_t i, bool half) {
+/* a, b: cosines and signed sines [rows, width] */
+INLINE void rotate_row(const RowWise *op, int64_t row, int64_t head, bool half) {
     const int64_t size = half ? 2 : 4, n = op->width / 2, far = n * size;
-    const char *x = row_address(op, i, size);
-    char *y = op->y + i * 2 * far;
-    const char *cosine = op->a + i / op->n2 * 2 * far, *sine = op->b + i / op->n2 * 2 * far;
+    const char *x = x_at(op, row, head, size);
+    char *y = y_at(op, row, head, size);
+    const int64_t table = row * 2 * far;
+    const char *cosine = op->a + table, *sine = op->b + table;
     for (int64_t d = 0; d < n; d += VL) {
         const int64_t at = d * size, left = n - d;
         const vf x1 = load_vector(x + at, half, left), x2 = load_vector(x + far + at, half, left);
@@ -741,11 +839,11 @@ INLINE void rotate_row(const RowWise *op, int64_t i, bool half) {
     }
 }
 
-/* x: gate and up side by side [rows, 2 * width] */
-INLINE void silu_mul_row(const RowWise *op, int64_t i, bool half) {
+/* x: gate and up side by side, 2 * width elements */
+INLINE void silu_mul_row(const RowWise *op, int64_t row, int64_t head, bool half) {
     const int64_t size = half ? 2 : 4, n = op->width;
-    const char *gate = row_address(op, i, size), *up = gate + n * size;
-    char *y = op->y + i * n * size;
+    const char *gate = x_at(op, row, head, size), *up = gate + n * size;
+    char *y = y_at(op, row, head, size);
     for (int64_t d = 0; d < n; d += VL) {
         const vf g = load_vector(gate + d * size, half, n - d);
         const vf u = load_vector(up + d * size, half, n - d);
@@ -757,27 +855,311 @@ INLINE void silu_mul_row(const RowWise *op, int64_t i, bool half) {
 }
 
 #define DEFINE_ROW_WISE(NAME)                                                                     \
-    static void NAME##_task_bf16(const void *args, int64_t index) {                               \
-        const RowWise *op = args;                                                                 \
+    INLINE void NAME##_task(const RowWise *op, int64_t index, bool half) {                        \
         const int64_t end = min64(op->rows, (index + 1) * op->block);                             \
-        for (int64_t i = index * op->block; i < end; i++) NAME##_row(op, i, true);                \
+        for (int64_t row = index * op->block; row < end; row++)                                   \
+            for (int64_t head = 0; head < op->heads; head++) NAME##_row(op, row, head, half);     \
     }                                                                                             \
-    static void NAME##_task_fp32(const void *args, int64_t index) {                               \
-        const RowWise *op = args;                                                                 \
-        const int64_t end = min64(op->rows, (index + 1) * op->block);                             \
-        for (int64_t i = index * op->block; i < end; i++) NAME##_row(op, i, false);               \
-    }                                                                                             \
-    EXPORT void idlm_##NAME(int half, const void *x, int64_t stride0, int64_t stride1,            \
-                            int64_t stride2, const void *a, const void *b, void *y, int64_t n0,   \
-                            int64_t n1, int64_t n2, int64_t width, float eps, int64_t threads) {  \
-        const int64_t rows = n0 * n1 * n2;                                                        \
-        if (rows == 0) return;                                                                    \
-        threads = useful_threads(threads, rows * width * 16 / VL);                                \
-        RowWise op = {x, a, b, y, n1, n2, stride0, stride1, stride2, rows, width, 0, eps};        \
-        op.block = max64(1, ceil_div(rows, 2 * threads));                                         \
-        parallel_for(half ? NAME##_task_bf16 : NAME##_task_fp32, &op, ceil_div(rows, op.block),   \
-                     threads);                                                                    \
+    static void NAME##_task_bf16(const void *op, int64_t i) { NAME##_task(op, i, true); }         \
+    static void NAME##_task_fp32(const void *op, int64_t i) { NAME##_task(op, i, false); }        \
+    static void NAME(RowWise op, bool half, int64_t threads) {                                    \
+        if (op.rows == 0) return;                                                                 \
+        threads = useful_threads(threads, op.rows * op.heads * op.width * 16 / VL);               \
+        op.block = max64(1, ceil_div(op.rows, 2 * threads));                                      \
+        parallel_for(half ? NAME##_task_bf16 : NAME##_task_fp32, &op,                             \
+                     ceil_div(op.rows, op.block), threads);                                       \
     }
 DEFINE_ROW_WISE(rms_norm)
 DEFINE_ROW_WISE(rotate)
 DEFINE_ROW_WISE(silu_mul)
+
+/* y[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight; dense. */
+EXPORT void idlm_rms_norm(int half, const void *x, const void *weight, void *y, int64_t rows,
+                          int64_t width, float eps, int64_t threads) {
+    rms_norm((RowWise){.x = x, .a = weight, .y = y, .rows = rows, .heads = 1, .x_row = width,
+                       .y_row = width, .width = width, .eps = eps},
+             half, threads);
+}
+
+/* ---- decoder layers ------------------------------------------------------------------------- */
+
+/* Structures as in cpu_kernels.py. All tensors are dense but for the cache; a pointer to what a
+ * model does not have is NULL. */
+typedef struct {
+    const void *weight, *bias;
+} Projection;
+
+typedef struct {
+    const void *attn_norm, *mlp_norm, *q_norm, *k_norm;
+    Projection qkv, o, gate_up, down;
+} Layer;
+
+/* down: [parts * rank, in]; up: [out / UP, rank, UP]. */
+typedef struct {
+    const void *down, *up;
+    int64_t rank;
+} LowRank;
+
+typedef struct {
+    LowRank qkv, o, gate_up, down;
+} LayerUpdate;
+
+typedef struct {
+    int64_t half, threads, batch, rows, masks;
+    int64_t layers, hidden, inner, heads, kv_heads, head_dim;
+    float eps, scale;
+    const Layer *layer;
+    const LayerUpdate *update; /* of the last `masks` of each request's rows; NULL: none */
+    const void *norm;
+    void *x; /* [batch, rows, hidden]: embeddings in, normed hidden states out */
+    const void *cosine, *sine;
+    void *k, *v;
+    int64_t kv_layer, kv_batch, kv_head, kv_row, cache_length, window;
+    const int64_t *start, *positions;
+    const uint8_t *visible;
+} Stack;
+
+static void project(const Stack *s, const void *x, int64_t in, Projection p, LowRank update,
+                    const int64_t *part_end, int parts, void *y, bool accumulate, float *z) {
+    const int64_t out = part_end[parts - 1], rows = s->batch * s->rows;
+    const int64_t z_row = parts * update.rank;
+    if (update.down) {
+        const int64_t clean = (s->rows - s->masks) * in * (s->half ? 2 : 4);
+        Linear down = {.x = (const char *)x + clean, .w = update.down, .y = (char *)z,
+                       .rows = s->batch * s->masks, .inner = s->masks, .x_batch = s->rows * in,
+                       .x_row = in, .y_batch = s->masks * z_row, .y_row = z_row, .in = in,
+                       .out = z_row, .wide = true};
+        linear(&down, s->half, s->threads);
+    }
+    Linear a = {.x = x, .w = p.weight, .bias = p.bias, .y = y, .rows = rows, .inner = s->rows,
+                .x_batch = s->rows * in, .x_row = in, .y_batch = s->rows * out, .y_row = out,
+                .in = in, .out = out, .accumulate = accumulate, .z = z, .up = update.up,
+                .masks = s->masks, .rank = update.rank, .z_row = z_row, .part_end = part_end};
+    linear(&a, s->half, s->threads);
+}
+
+static void attend(const Stack *s, int64_t layer, const char *qkv, char *out) {
+    const int64_t size = s->half ? 2 : 4, D = s->head_dim;
+    const int64_t row = (s->heads + 2 * s->kv_heads) * D;
+    char *cache[2] = {(char *)s->k + layer * s->kv_layer * size,
+                      (char *)s->v + layer * s->kv_layer * size};
+    for (int i = 0; i < 2; i++)
+        append(s->half, qkv + (s->heads + i * s->kv_heads) * D * size, s->rows * row, row, D,
+               cache[i], s->kv_batch, s->kv_head, s->kv_row, s->start, s->batch, s->rows,
+               s->kv_heads, D);
+    Attention a = {.q = qkv, .k = cache[0], .v = cache[1], .out = out, .q_batch = s->rows * row,
+                   .q_row = row, .q_head = D, .kv_batch = s->kv_batch, .kv_head = s->kv_head,
+                   .kv_row = s->kv_row, .start = s->start, .positions = s->positions,
+                   .visible = s->visible, .rows = s->rows, .kv_heads = s->kv_heads,
+                   .group = s->heads / s->kv_heads, .head_dim = D,
+                   .cache_length = s->cache_length, .window = s->window, .scale = s->scale};
+    attention(&a, s->batch, s->half, s->threads);
+}
+
+static void norm_rows(const Stack *s, const void *x, const void *weight, void *y, int64_t heads,
+                      int64_t row, int64_t width) {
+    rms_norm((RowWise){.x = x, .a = weight, .y = y, .rows = s->batch * s->rows, .heads = heads,
+                       .x_row = row, .x_head = width, .y_row = row, .y_head = width,
+                       .width = width, .eps = s->eps},
+             s->half, s->threads);
+}
+
+/* All layers and the final norm. False, and nothing done, if the rows do not fit into the cache or
+ * memory is short. */
+EXPORT bool idlm_stack(const Stack *s) {
+    const int64_t size = s->half ? 2 : 4, rows = s->batch * s->rows, D = s->head_dim;
+    const int64_t H = s->hidden, I = s->inner, Q = s->heads * D, K = s->kv_heads * D;
+    const int64_t qkv_end[] = {Q, Q + K, Q + 2 * K}, h_end[] = {H}, gate_up_end[] = {I, 2 * I};
+    const int64_t W = Q + 2 * K;
+    if (!rows_fit(s->start, s->batch, s->rows, s->cache_length)) return false;
+    int64_t rank = 0;
+    for (int64_t l = 0; s->update && l < s->layers; l++) {
+        const LayerUpdate *u = s->update + l;
+        rank = max64(rank, max64(max64(3 * u->qkv.rank, u->o.rank),
+                                 max64(2 * u->gate_up.rank, u->down.rank)));
+    }
+    float *z = malloc((size_t)(s->batch * s->masks * rank * 4 + rows * (H + W + Q + 3 * I) * size));
+    if (!z) return false;
+    char *normed = (char *)(z + s->batch * s->masks * rank), *qkv = normed + rows * H * size;
+    char *attended = qkv + rows * W * size, *gate_up = attended + rows * Q * size;
+    char *act = gate_up + rows * 2 * I * size;
+
+    for (int64_t l = 0; l < s->layers; l++) {
+        const Layer *layer = s->layer + l;
+        const LayerUpdate none = {{0}, {0}, {0}, {0}}, *update = s->update ? s->update + l : &none;
+        norm_rows(s, s->x, layer->attn_norm, normed, 1, H, H);
+        project(s, normed, H, layer->qkv, update->qkv, qkv_end, 3, qkv, false, z);
+        if (layer->q_norm) norm_rows(s, qkv, layer->q_norm, qkv, s->heads, W, D);
+        if (layer->k_norm)
+            norm_rows(s, qkv + Q * size, layer->k_norm, qkv + Q * size, s->kv_heads, W, D);
+        rotate((RowWise){.x = qkv, .a = s->cosine, .b = s->sine, .y = qkv, .rows = rows,
+                         .heads = s->heads + s->kv_heads, .x_row = W, .x_head = D, .y_row = W,
+                         .y_head = D, .width = D},
+               s->half, s->threads);
+        attend(s, l, qkv, attended);
+        project(s, attended, Q, layer->o, update->o, h_end, 1, s->x, true, z);
+        norm_rows(s, s->x, layer->mlp_norm, normed, 1, H, H);
+        project(s, normed, H, layer->gate_up, update->gate_up, gate_up_end, 2, gate_up, false, z);
+        silu_mul((RowWise){.x = gate_up, .y = act, .rows = rows, .heads = 1, .x_row = 2 * I,
+                           .y_row = I, .width = I},
+                 s->half, s->threads);
+        project(s, act, I, layer->down, update->down, h_end, 1, s->x, true, z);
+    }
+    norm_rows(s, s->x, s->norm, s->x, 1, H, H);
+    free(z);
+    return true;
+}
+
+/* ---- choosing tokens ------------------------------------------------------------------------ */
+
+#define KEYS 32
+typedef int16_t vk __attribute__((vector_size(2 * KEYS)));
+
+/* The leading 16 bits of row `x` as numbers of the same order, padded with the least. */
+INLINE void order_keys(const char *x, bool half, int64_t n, int16_t *key) {
+    for (int64_t i = 0; i < n; i++) {
+        int16_t bits;
+        memcpy(&bits, half ? x + i * 2 : x + i * 4 + 2, 2); /* little endian */
+        key[i] = bits ^ ((bits >> 15) & 0x7fff);
+    }
+    for (int64_t i = n; i % KEYS; i++) key[i] = INT16_MIN;
+}
+
+INLINE int64_t count_above(const int16_t *key, int64_t n, int threshold) {
+    int64_t count = 0;
+    for (int64_t begin = 0; begin < n; begin += KEYS * INT16_MAX) {
+        const int64_t end = min64(n, begin + KEYS * INT16_MAX);
+        vk lanes = {0};
+        for (int64_t i = begin; i < end; i += KEYS) {
+            vk k;
+            memcpy(&k, key + i, sizeof k);
+            lanes -= k > (int16_t)threshold;
+        }
+        for (int lane = 0; lane < KEYS; lane++) count += lanes[lane];
+    }
+    return count;
+}
+
+typedef struct {
+    const char *x;
+    int64_t *ids;
+    int64_t x_row, n, k;
+} Top;
+
+INLINE void top_task(const Top *a, int64_t row, bool half) {
+    int16_t *key = scratch((size_t)(a->n + KEYS) * 2);
+    order_keys(a->x + row * a->x_row * (half ? 2 : 4), half, a->n, key);
+    int low = INT16_MIN - 1, high = INT16_MAX; /* more than k keys are above low, or all; not so high */
+    while (high - low > 1) {
+        const int middle = low + (high - low) / 2;
+        if (count_above(key, a->n, middle) > a->k)
+            low = middle;
+        else
+            high = middle;
+    }
+    /* All above `high`, and of those equal to it the first. */
+    int64_t *ids = a->ids + row * a->k, found = 0, ties = a->k - count_above(key, a->n, high);
+    for (int64_t i = 0; i < a->n && found < a->k; i += KEYS) {
+        vk k;
+        memcpy(&k, key + i, sizeof k);
+        const vk hit = k >= (int16_t)high;
+        uint64_t any[KEYS / 4], some = 0;
+        memcpy(any, &hit, sizeof any);
+        for (int j = 0; j < KEYS / 4; j++) some |= any[j];
+        if (!some) continue;
+        for (int64_t j = i; j < min64(i + KEYS, a->n) && found < a->k; j++)
+            if (key[j] > high || (key[j] == high && ties-- > 0)) ids[found++] = j;
+    }
+}
+
+static void top_task_bf16(const void *a, int64_t row) { top_task(a, row, true); }
+static void top_task_fp32(const void *a, int64_t row) { top_task(a, row, false); }
+
+/* ids[rows, k], ascending: the k <= n largest of each row by their leading 16 bits; of equal ones
+ * the first. */
+EXPORT void idlm_top(int half, const void *x, int64_t x_row, int64_t *ids, int64_t rows, int64_t n,
+                     int64_t k, int64_t threads) {
+    const Top a = {x, ids, x_row, n, k};
+    parallel_for(half ? top_task_bf16 : top_task_fp32, &a, rows,
+                 useful_threads(threads, rows * n / 2));
+}
+
+typedef struct {
+    const char *x;
+    int64_t *ids;
+    int64_t n;
+} Argmax;
+
+INLINE void argmax_task(const Argmax *a, int64_t row, bool half) {
+    const char *x = a->x + row * a->n * (half ? 2 : 4);
+    vf best = load_vector(x, half, a->n);
+    vu at = {0}; /* where the best of each lane was read, less the lane */
+    for (int64_t i = VL; i < a->n; i += VL) {
+        vf v = load_vector(x + i * (half ? 2 : 4), half, a->n - i);
+        for (int64_t lane = a->n - i; lane < VL; lane++) v[lane] = -__builtin_inff();
+        const vu greater = (vu)(v > best), index = (vu){0} + (uint32_t)i;
+        best = (vf)(((vu)v & greater) | ((vu)best & ~greater));
+        at = (index & greater) | (at & ~greater);
+    }
+    int64_t found = -1;
+    float most = 0;
+    for (int lane = 0; lane < min64(VL, a->n); lane++) {
+        const int64_t id = (int64_t)at[lane] + lane;
+        if (found < 0 || best[lane] > most || (best[lane] == most && id < found))
+            found = id, most = best[lane];
+    }
+    a->ids[row] = found;
+}
+
+static void argmax_task_bf16(const void *a, int64_t row) { argmax_task(a, row, true); }
+static void argmax_task_fp32(const void *a, int64_t row) { argmax_task(a, row, false); }
+
+/* ids[r] = the first index of the largest of x[r, n]; dense, 0 < n < 2^32. */
+EXPORT void idlm_argmax(int half, const void *x, int64_t *ids, int64_t rows, int64_t n,
+                        int64_t threads) {
+    const Argmax a = {x, ids, n};
+    parallel_for(half ? argmax_task_bf16 : argmax_task_fp32, &a, rows,
+                 useful_threads(threads, rows * n / VL * 4));
+}
+
+typedef struct {
+    const char *x, *w;
+    const int64_t *ids;
+    float *y;
+    int64_t n, k, in;
+} Score;
+
+#define SCORED 32 /* ids of a task */
+
+INLINE void score_task(const Score *a, int64_t index, bool half) {
+    const int64_t width = a->in * (half ? 2 : 4), tasks = ceil_div(a->k, SCORED);
+    const int64_t row = index / tasks, begin = index % tasks * SCORED;
+    const int64_t end = min64(a->k, begin + SCORED), *ids = a->ids + row * a->k;
+    float *x = scratch(padded(a->in) * sizeof(float) + SCORED * width);
+    char *w = (char *)(x + padded(a->in));
+    pack_row(x, 1, 0, a->x + row * width, half, a->in);
+    for (int64_t i = begin; i < end; i++)
+        memcpy(w + (i - begin) * width, a->w + ids[i] * width, (size_t)width);
+    for (int64_t i = begin, n; i < end; i += n) {
+        n = end - i < OB ? 1 : OB;
+        v4f sums;
+        (half ? dot_bf16 : dot_fp32)((float *)&sums, OB, 1, x, w + (i - begin) * width,
+                                     n == OB ? width : 0, a->in, 0, 0, 1);
+        store4((char *)(a->y + row * a->k + i), false, n, sums);
+    }
+}
+
+static void score_task_bf16(const void *a, int64_t index) { score_task(a, index, true); }
+static void score_task_fp32(const void *a, int64_t index) { score_task(a, index, false); }
+
+/* y[r, i] = sum_j x[r, j] * w[ids[r, i], j], fp32; x[rows, in], w[n, in], ids[rows, k]. False, and
+ * nothing done, if an id is not below n. */
+EXPORT bool idlm_score(int half, const void *x, const void *w, const int64_t *ids, float *y,
+                       int64_t rows, int64_t n, int64_t k, int64_t in, int64_t threads) {
+    for (int64_t i = 0; i < rows * k; i++)
+        if (ids[i] < 0 || ids[i] >= n) return false;
+    const Score a = {x, w, ids, y, n, k, in};
+    parallel_for(half ? score_task_bf16 : score_task_fp32, &a, rows * ceil_div(k, SCORED),
+                 useful_threads(threads, rows * k * in / VL));
+    return true;
+}

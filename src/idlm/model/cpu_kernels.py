@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from idlm.errors import ResourceError
 from idlm.model.cache import models_folder
@@ -54,13 +55,68 @@ _SIGNATURES = {
         *[_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
         *[_SIZE] * 5,
     ],
+    "idlm_stack": [_POINTER],
+    "idlm_rms_norm": [_INT, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_float, _SIZE],
+    "idlm_argmax": [_INT, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE],
+    "idlm_top": [_INT, _POINTER, _SIZE, _POINTER, *[_SIZE] * 4],
+    "idlm_score": [_INT, _POINTER, _POINTER, _POINTER, _POINTER, *[_SIZE] * 5],
 }
-_ROW_WISE = [
-    *[_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER],
-    *[_SIZE, _SIZE, _SIZE, _SIZE, ctypes.c_float, _SIZE],
-]
-_SIGNATURES |= {f"idlm_{name}": _ROW_WISE for name in ("rms_norm", "rotate", "silu_mul")}
 _log = logging.getLogger(__name__)
+
+
+class Projection(ctypes.Structure):
+    """Addresses of a linear layer's weight ``[out, in]`` and bias ``[out]`` (None: no bias)."""
+
+    _fields_ = [("weight", _POINTER), ("bias", _POINTER)]
+
+
+class Layer(ctypes.Structure):
+    """Addresses of a decoder layer's tensors; None for what a model does not have."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, Projection) for name in ("qkv", "o", "gate_up", "down")),
+    ]
+
+
+class LowRank(ctypes.Structure):
+    """Low-rank update of a projection; None: no update.
+
+    ``down [parts * rank, in]`` has ``rank`` rows for each part of the outputs (q, k, v; gate, up);
+    ``up [ceil(out / 16), rank, 16]`` holds blocks of 16 outputs (see `blocks_of_outputs`).
+    """
+
+    _fields_ = [("down", _POINTER), ("up", _POINTER), ("rank", _SIZE)]
+
+
+class LayerUpdate(ctypes.Structure):
+    """The low-rank updates of a decoder layer."""
+
+    _fields_ = [(name, LowRank) for name in ("qkv", "o", "gate_up", "down")]
+
+
+class Stack(ctypes.Structure):
+    """One pass of in-flight rows through all decoder layers and the final norm.
+
+    ``x [batch, rows, hidden]`` (embeddings, replaced by the normed hidden states),
+    ``cosine`` and ``sine [batch, rows, head_dim]`` and the tensors of the layers are dense and of
+    one dtype, bf16 if ``half``, else fp32. Cache, ``start``, ``visible`` and ``positions`` as in
+    `attention`; the cache's strides are in elements. ``update`` acts on the last ``masks`` rows of
+    each request (None: no update).
+    """
+
+    _fields_ = [
+        *((name, _SIZE) for name in ("half", "threads", "batch", "rows", "masks")),
+        *((name, _SIZE) for name in ("layers", "hidden", "inner", "heads", "kv_heads", "head_dim")),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("layer", ctypes.POINTER(Layer)),
+        ("update", ctypes.POINTER(LayerUpdate)),
+        *((name, _POINTER) for name in ("norm", "x", "cosine", "sine", "k", "v")),
+        *((name, _SIZE) for name in ("kv_layer", "kv_batch", "kv_head", "kv_row")),
+        *((name, _SIZE) for name in ("cache_length", "window")),
+        *((name, _POINTER) for name in ("start", "positions", "visible")),
+    ]
 
 
 def usable(x: torch.Tensor) -> bool:
@@ -277,99 +333,139 @@ def append(x_BRKD: torch.Tensor, cache_BKSD: torch.Tensor, start_B: torch.Tensor
         raise ValueError(f"{R} rows after {start_B.tolist()} tokens exceed the cache of {S}.")
 
 
+def blocks_of_outputs(weight_OI: torch.Tensor) -> torch.Tensor:
+    """``[ceil(O / 16), I, 16]``: a weight for kernels that go from output to output."""
+    padded_OI = F.pad(weight_OI, (0, 0, 0, -len(weight_OI) % 16))
+    return padded_OI.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
+
+
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, rounded once.
 
     Args:
-        x: ``[..., D]`` with at most 3 leading dimensions, bf16 or fp32, dense in its last one.
+        x: ``[..., D]``, bf16 or fp32.
         weight_D: contiguous, of the same dtype.
-    Returns:
-        A contiguous tensor of the shape of ``x``.
     Raises:
-        ValueError: shapes, dtypes or strides do not fit.
+        ValueError: shapes or dtypes do not fit.
     """
-    if (
-        weight_D.shape != x.shape[-1:]
-        or weight_D.dtype is not x.dtype
-        or not weight_D.is_contiguous()
-    ):
+    width = x.shape[-1]
+    if weight_D.shape != (width,) or weight_D.dtype is not x.dtype or not weight_D.is_contiguous():
         raise ValueError(
             "rms_norm needs x [..., D] and a contiguous weight [D] of one dtype; got "
             f"{_describe(x, weight_D)}."
         )
-    return _row_wise("idlm_rms_norm", x, x.shape[-1], weight_D.data_ptr(), None, eps)
-
-
-def rotate(x_BRND: torch.Tensor, cos_BRD: torch.Tensor, sin_BRD: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding: halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin).
-
-    Args:
-        x_BRND: heads of the rows, bf16 or fp32, dense in the last dimension.
-        cos_BRD, sin_BRD: contiguous, of the same dtype (a dimension of 1 before D may stand in
-            for the heads); ``sin`` carries the sign of its first half.
-    Returns:
-        ``[B, R, N, D]``, contiguous.
-    Raises:
-        ValueError: shapes, dtypes or strides do not fit.
-    """
-    B, R, _, D = x_BRND.shape
-    for table in (cos_BRD, sin_BRD):
-        if (
-            table.numel() != B * R * D
-            or table.shape[-1] != D
-            or table.dtype is not x_BRND.dtype
-            or not table.is_contiguous()
-            or D % 2
-        ):
-            raise ValueError(
-                "rotate needs x [B, R, N, D] with an even D and contiguous cos and sin [B, R, D] "
-                f"of one dtype; got {_describe(x_BRND, cos_BRD, sin_BRD)}."
-            )
-    return _row_wise("idlm_rotate", x_BRND, D, cos_BRD.data_ptr(), sin_BRD.data_ptr(), 0.0)
-
-
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` of ``[gate, up]`` side by side, rounded once.
-
-    Args:
-        gate_up: ``[..., 2 * I]`` with at most 3 leading dimensions, bf16 or fp32, dense in its
-            last one.
-    Returns:
-        ``[..., I]``, contiguous.
-    """
-    return _row_wise("idlm_silu_mul", gate_up, gate_up.shape[-1] // 2, None, None, 0.0)
-
-
-def _row_wise(
-    name: str, x: torch.Tensor, width: int, a: int | None, b: int | None, eps: float
-) -> torch.Tensor:
-    """Run a kernel that maps each row of ``x`` to a row of ``width`` elements."""
-    shape, strides, dtype = x.shape, x.stride(), x.dtype
-    missing = 4 - len(shape)
-    if missing < 0 or strides[-1] != 1:
-        raise ValueError(
-            f"{name} needs at most 3 leading dimensions and a dense last one; got {_describe(x)}."
-        )
-    n0, n1, n2, _ = (1,) * missing + shape
-    stride0, stride1, stride2, _ = (0,) * missing + strides
-    out = torch.empty((*shape[:-1], width), dtype=dtype)
-    getattr(_native(), name)(
-        dtype is torch.bfloat16,
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _native().idlm_rms_norm(
+        x.dtype is torch.bfloat16,
         x.data_ptr(),
-        stride0,
-        stride1,
-        stride2,
-        a,
-        b,
-        out.data_ptr(),
-        n0,
-        n1,
-        n2,
+        weight_D.data_ptr(),
+        y.data_ptr(),
+        x.numel() // width,
         width,
         eps,
         torch.get_num_threads(),
     )
-    return out
+    return y
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The first index of the largest number in the last dimension, ``[...]``, int64.
+
+    Args:
+        logits: ``[..., V]``, bf16 or fp32.
+    """
+    logits = logits.contiguous()
+    ids = torch.empty(logits.shape[:-1], dtype=torch.int64)
+    _native().idlm_argmax(
+        logits.dtype is torch.bfloat16,
+        logits.data_ptr(),
+        ids.data_ptr(),
+        ids.numel(),
+        logits.shape[-1],
+        torch.get_num_threads(),
+    )
+    return ids
+
+
+def top(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """The ``k`` largest of the last dimension by their leading 16 bits: all there is of a bf16.
+
+    Of numbers that are equal in those bits the first ones are taken.
+
+    Args:
+        logits: ``[..., V]``, bf16 or fp32, ``k <= V``.
+    Returns:
+        Indices ``[..., k]``, int64, ascending.
+    Raises:
+        ValueError: ``k`` is more than there are.
+    """
+    *shape, n = logits.shape
+    if not 0 < k <= n:
+        raise ValueError(f"Cannot take the largest {k} of {n}.")
+    rows = logits.reshape(-1, n)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    ids = torch.empty((len(rows), k), dtype=torch.int64)
+    _native().idlm_top(
+        rows.dtype is torch.bfloat16,
+        rows.data_ptr(),
+        rows.stride(0),
+        ids.data_ptr(),
+        len(rows),
+        n,
+        k,
+        torch.get_num_threads(),
+    )
+    return ids.view(*shape, k)
+
+
+def score(x_BH: torch.Tensor, weight_VH: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
+    """``x @ weight.T`` at some outputs of each row only: ``[B, K]``, fp32, not rounded.
+
+    Args:
+        x_BH, weight_VH: bf16 or fp32, of one dtype; the weight contiguous.
+        ids_BK: outputs of each row, int64.
+    Raises:
+        ValueError: shapes or dtypes do not fit, or an id is not an output's.
+    """
+    (B, H), (V, K) = x_BH.shape, (weight_VH.shape[0], ids_BK.shape[1])
+    x_BH, ids_BK = x_BH.contiguous(), ids_BK.contiguous()
+    scores_BK = torch.empty((B, K), dtype=torch.float32)
+    fits = (
+        weight_VH.shape == (V, H)
+        and ids_BK.shape == (B, K)
+        and weight_VH.dtype is x_BH.dtype
+        and weight_VH.is_contiguous()
+        and ids_BK.dtype is torch.int64
+    )
+    if not fits or not _native().idlm_score(
+        x_BH.dtype is torch.bfloat16,
+        x_BH.data_ptr(),
+        weight_VH.data_ptr(),
+        ids_BK.data_ptr(),
+        scores_BK.data_ptr(),
+        B,
+        V,
+        K,
+        H,
+        torch.get_num_threads(),
+    ):
+        raise ValueError(
+            "score needs x [B, H] and a contiguous weight [V, H] of one dtype, and int64 ids "
+            f"[B, K] below V; got {_describe(x_BH, weight_VH, ids_BK)}."
+        )
+    return scores_BK
+
+
+def run(stack: Stack) -> None:
+    """Run a pass of rows; the caller answers for the addresses.
+
+    Raises:
+        ValueError: the rows do not fit into the cache.
+    """
+    if not _native().idlm_stack(ctypes.byref(stack)):
+        raise ValueError(f"{stack.rows} rows do not fit into the cache of {stack.cache_length}.")
 
 
 @functools.cache
@@ -388,7 +484,7 @@ def _library() -> ctypes.CDLL | None:
     for name, argtypes in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = argtypes
-        checked = name in ("idlm_attention", "idlm_append")
+        checked = name in ("idlm_attention", "idlm_append", "idlm_stack", "idlm_score")
         function.restype = ctypes.c_bool if checked else None
     library.idlm_init(_torch_thread_pool())
     return library

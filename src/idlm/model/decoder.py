@@ -1,5 +1,7 @@
 """The Llama-family decoder: one definition for training and inference.
 
+On the CPU, rows over a KV cache run through the same layers as fused kernels (`cpu_stack`).
+
 A forward takes *rows*: clean tokens first, then mask rows. Rows know their position explicitly;
 what a row sees is the business of the `Attention` passed in. An `Adapter` acts on the mask rows
 only, so clean rows compute what the base model computes, bit by bit.
@@ -13,19 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from idlm.model import cpu_kernels
-from idlm.model.attention import Attention
+from idlm.model import cpu_kernels, cpu_stack
+from idlm.model.attention import Attention, CachedAttention
 from idlm.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear
-
-
-def linear(x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-    """``x @ weight.T + bias``, by the row-invariant CPU kernel where it can be used."""
-    if cpu_kernels.usable(x):
-        return cpu_kernels.linear(x, weight_OI, bias_O)
-    return F.linear(x, weight_OI, bias_O)
 
 
 class Linear(nn.Linear):
@@ -34,7 +29,7 @@ class Linear(nn.Linear):
     def forward(
         self, x_BRI: torch.Tensor, lora: LoraLinear | None = None, num_masks: int = 0
     ) -> torch.Tensor:
-        y_BRO = linear(x_BRI, self.weight, self.bias)
+        y_BRO = F.linear(x_BRI, self.weight, self.bias)
         if lora is None or num_masks == 0:
             return y_BRO
         return lora.add_to(y_BRO, x_BRI, num_masks)
@@ -49,8 +44,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if cpu_kernels.usable(x):
-            return cpu_kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -59,16 +52,12 @@ def rotate(x_BRND: torch.Tensor, cos_BR1D: torch.Tensor, sin_BR1D: torch.Tensor)
 
     ``sin`` carries the sign of its first half.
     """
-    if cpu_kernels.usable(x_BRND):
-        return cpu_kernels.rotate(x_BRND, cos_BR1D, sin_BR1D)
     x1, x2 = x_BRND.chunk(2, dim=-1)
     return x_BRND * cos_BR1D + torch.cat((x2, x1), dim=-1) * sin_BR1D
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up`` of ``[..., 2 * I]``, gate first."""
-    if cpu_kernels.usable(gate_up):
-        return cpu_kernels.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -178,13 +167,25 @@ class Decoder(nn.Module):
         """
         x_BRH = self._embed(tokens_BC, num_masks, adapter)
         cos_BR1D, sin_BR1D = self._rope(positions_BR, x_BRH.dtype)
+        lora = adapter if num_masks else None
+        if isinstance(attention, CachedAttention) and cpu_stack.takes(x_BRH, attention, lora):
+            return cpu_stack.run(self, x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, lora)
         for layer in self.layers:
-            x_BRH = layer(x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, adapter)
+            x_BRH = layer(x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, lora)
         return self.norm(x_BRH)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` to ``[..., V]``, in the dtype of ``hidden``."""
-        return linear(hidden, self.output_weight, None)
+        if cpu_kernels.usable(hidden):
+            return cpu_kernels.linear(hidden, self.output_weight)
+        return F.linear(hidden, self.output_weight)
+
+    def logits_at(self, hidden_BH: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
+        """``[B, K]``, fp32, not rounded: the logits of the tokens ``ids`` of each row alone."""
+        if cpu_kernels.usable(hidden_BH):
+            return cpu_kernels.score(hidden_BH, self.output_weight, ids_BK)
+        rows_BKH = self.output_weight[ids_BK]
+        return (rows_BKH.float() * hidden_BH[:, None].float()).sum(-1)
 
     @property
     def output_weight(self) -> torch.Tensor:

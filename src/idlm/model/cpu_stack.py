@@ -1,0 +1,182 @@
+"""All decoder layers of a forward pass as one call of the CPU kernels.
+
+What is computed is defined by `Layer.forward`; here it is only handed over. The one difference:
+sums that meet in one output (a projection, its bias, the LoRA and the residual stream) are rounded
+once, not after each step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Generic, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from idlm.model import cpu_kernels
+from idlm.model.attention import CachedAttention
+
+if TYPE_CHECKING:
+    from idlm.model.adapter import Adapter, LoraLinear
+    from idlm.model.decoder import Decoder, Layer, Linear, RMSNorm
+
+
+def takes(x_BRH: torch.Tensor, attention: CachedAttention, adapter: Adapter | None) -> bool:
+    """Whether `run` can stand in for the layers: on the CPU, with a frozen adapter or none."""
+    return (
+        cpu_kernels.usable(x_BRH)
+        and attention.k_LBKSD.dtype is x_BRH.dtype
+        and (adapter is None or adapter.frozen)
+    )
+
+
+def run(
+    decoder: Decoder,
+    x_BRH: torch.Tensor,
+    cos_BR1D: torch.Tensor,
+    sin_BR1D: torch.Tensor,
+    attention: CachedAttention,
+    num_masks: int,
+    adapter: Adapter | None,
+) -> torch.Tensor:
+    """All layers and the final norm: ``x`` is overwritten, the cache gets the rows' keys.
+
+    Returns:
+        ``hidden_BRH``.
+    Raises:
+        ValueError: the rows do not fit into the cache, or a tensor is not dense or of the dtype
+            of ``x``.
+    """
+    config = decoder.config
+    B, R, H = x_BRH.shape
+    k_LBKSD, v_LBKSD = attention.k_LBKSD, attention.v_LBKSD
+    if k_LBKSD.stride() != v_LBKSD.stride() or k_LBKSD.stride(-1) != 1:
+        raise ValueError("Keys and values need the same strides, dense in the last dimension.")
+    # Variables, not temporaries: an address alone keeps nothing alive.
+    x_BRH, cos, sin = x_BRH.contiguous(), cos_BR1D.contiguous(), sin_BR1D.contiguous()
+    start_B, positions_BR = attention.start_B.contiguous(), attention.positions_BR.contiguous()
+    visible_BRR = attention.visible_BRR.contiguous()
+    cpu_kernels.run(
+        cpu_kernels.Stack(
+            half=x_BRH.dtype is torch.bfloat16,
+            threads=torch.get_num_threads(),
+            batch=B,
+            rows=R,
+            masks=num_masks,
+            layers=config.num_layers,
+            hidden=H,
+            inner=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
+            layer=_layers(decoder, x_BRH.dtype),
+            update=None if adapter is None else _updates(adapter, x_BRH.dtype),
+            norm=_address(decoder.norm.weight, x_BRH.dtype),
+            x=x_BRH.data_ptr(),
+            cosine=cos.data_ptr(),
+            sine=sin.data_ptr(),
+            k=k_LBKSD.data_ptr(),
+            v=v_LBKSD.data_ptr(),
+            kv_layer=k_LBKSD.stride(0),
+            kv_batch=k_LBKSD.stride(1),
+            kv_head=k_LBKSD.stride(2),
+            kv_row=k_LBKSD.stride(3),
+            cache_length=k_LBKSD.shape[3],
+            window=attention.window or 0,
+            start=start_B.data_ptr(),
+            positions=positions_BR.data_ptr(),
+            visible=visible_BRR.data_ptr(),
+        )
+    )
+    return x_BRH
+
+
+_Entry = TypeVar("_Entry", cpu_kernels.Layer, cpu_kernels.LayerUpdate)
+
+
+class _Addresses(Generic[_Entry]):
+    """Addresses of parameters, by layer, and what they point to, so that it stays."""
+
+    def __init__(
+        self,
+        entries: ctypes.Array[_Entry],
+        parameters: Iterable[nn.Parameter],
+        derived: Iterable[torch.Tensor] = (),
+    ) -> None:
+        self.entries = entries
+        self._parameters = list(parameters)
+        # Their memory is held too, so that nothing else can come to lie at a known address.
+        self._held = [p.detach() for p in self._parameters] + list(derived)
+        self._known = [p.data_ptr() for p in self._parameters]
+
+    def moved(self) -> bool:
+        """Whether a parameter lies elsewhere now, as after ``module.to(...)``."""
+        return self._known != [p.data_ptr() for p in self._parameters]
+
+
+# By module, not in an attribute of it: addresses must not be copied or saved with a module.
+_of_decoder: WeakKeyDictionary[nn.Module, _Addresses[cpu_kernels.Layer]] = WeakKeyDictionary()
+_of_adapter: WeakKeyDictionary[nn.Module, _Addresses[cpu_kernels.LayerUpdate]] = WeakKeyDictionary()
+
+
+def _layers(decoder: Decoder, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.Layer]:
+    known = _of_decoder.get(decoder)
+    if known is None or known.moved():
+        entries = [_layer(layer, dtype) for layer in decoder.layers]  # type: ignore[arg-type]
+        array = (cpu_kernels.Layer * len(entries))(*entries)
+        known = _of_decoder[decoder] = _Addresses(array, decoder.layers.parameters())
+    return known.entries
+
+
+def _layer(layer: Layer, dtype: torch.dtype) -> cpu_kernels.Layer:
+    def norm(module: RMSNorm | None) -> int | None:
+        return None if module is None else _address(module.weight, dtype)
+
+    def projection(module: Linear) -> cpu_kernels.Projection:
+        bias = None if module.bias is None else _address(module.bias, dtype)
+        return cpu_kernels.Projection(_address(module.weight, dtype), bias)
+
+    return cpu_kernels.Layer(
+        norm(layer.attn_norm),
+        norm(layer.mlp_norm),
+        norm(layer.q_norm),
+        norm(layer.k_norm),
+        projection(layer.qkv),
+        projection(layer.o),
+        projection(layer.gate_up),
+        projection(layer.down),
+    )
+
+
+def _updates(adapter: Adapter, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.LayerUpdate]:
+    known = _of_adapter.get(adapter)
+    if known is None or known.moved():
+        ups: list[torch.Tensor] = []
+
+        def low_rank(lora: LoraLinear) -> cpu_kernels.LowRank:
+            scaled_OZ = torch.cat([B.detach() for B in lora.B]) * lora.scale
+            ups.append(cpu_kernels.blocks_of_outputs(scaled_OZ))
+            return cpu_kernels.LowRank(
+                _address(lora.A, dtype), _address(ups[-1], dtype), lora.rank
+            )
+
+        entries = [
+            cpu_kernels.LayerUpdate(**{k: low_rank(v) for k, v in adapter.layer(index).items()})
+            for index in range(len(adapter.lora))
+        ]
+        array = (cpu_kernels.LayerUpdate * len(entries))(*entries)
+        known = _of_adapter[adapter] = _Addresses(array, adapter.lora.parameters(), ups)
+    return known.entries
+
+
+def _address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    if tensor.dtype is not dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"The CPU kernels need dense tensors of {dtype}; got {tensor.dtype} with strides "
+            f"{tensor.stride()}."
+        )
+    return tensor.data_ptr()
