@@ -104,18 +104,19 @@ class _Addresses(Generic[_Entry]):
     def __init__(
         self,
         entries: ctypes.Array[_Entry],
+        dtype: torch.dtype,
         parameters: Iterable[nn.Parameter],
         derived: Iterable[torch.Tensor] = (),
     ) -> None:
-        self.entries = entries
+        self.entries, self.dtype = entries, dtype
         self._parameters = list(parameters)
         # Their memory is held too, so that nothing else can come to lie at a known address.
         self._held = [p.detach() for p in self._parameters] + list(derived)
         self._known = [p.data_ptr() for p in self._parameters]
 
-    def moved(self) -> bool:
-        """Whether a parameter lies elsewhere now, as after ``module.to(...)``."""
-        return self._known != [p.data_ptr() for p in self._parameters]
+    def hold(self, dtype: torch.dtype) -> bool:
+        """Whether they are of ``dtype`` and no parameter has moved, as by ``module.to(...)``."""
+        return dtype is self.dtype and self._known == [p.data_ptr() for p in self._parameters]
 
 
 # By module, not in an attribute of it: addresses must not be copied or saved with a module.
@@ -125,10 +126,10 @@ _of_adapter: WeakKeyDictionary[nn.Module, _Addresses[cpu_kernels.LayerUpdate]] =
 
 def _layers(decoder: Decoder, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.Layer]:
     known = _of_decoder.get(decoder)
-    if known is None or known.moved():
+    if known is None or not known.hold(dtype):
         entries = [_layer(layer, dtype) for layer in decoder.layers]  # type: ignore[arg-type]
         array = (cpu_kernels.Layer * len(entries))(*entries)
-        known = _of_decoder[decoder] = _Addresses(array, decoder.layers.parameters())
+        known = _of_decoder[decoder] = _Addresses(array, dtype, decoder.layers.parameters())
     return known.entries
 
 
@@ -154,7 +155,7 @@ def _layer(layer: Layer, dtype: torch.dtype) -> cpu_kernels.Layer:
 
 def _updates(adapter: Adapter, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.LayerUpdate]:
     known = _of_adapter.get(adapter)
-    if known is None or known.moved():
+    if known is None or not known.hold(dtype):
         ups: list[torch.Tensor] = []
 
         def low_rank(lora: LoraLinear) -> cpu_kernels.LowRank:
@@ -169,7 +170,7 @@ def _updates(adapter: Adapter, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.L
             for index in range(len(adapter.lora))
         ]
         array = (cpu_kernels.LayerUpdate * len(entries))(*entries)
-        known = _of_adapter[adapter] = _Addresses(array, adapter.lora.parameters(), ups)
+        known = _of_adapter[adapter] = _Addresses(array, dtype, adapter.lora.parameters(), ups)
     return known.entries
 
 
