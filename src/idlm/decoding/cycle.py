@@ -21,7 +21,6 @@ from idlm.model.adapter import Adapter
 from idlm.model.attention import CachedAttention
 from idlm.model.decoder import Decoder
 
-
 # Rows of a forward up to which mask blocks that will not be used go through the output layer too.
 ONE_PASS_ROWS = 12
 

@@ -161,9 +161,7 @@ def _updates(adapter: Adapter, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.L
         def low_rank(lora: LoraLinear) -> cpu_kernels.LowRank:
             scaled_OZ = torch.cat([B.detach() for B in lora.B]) * lora.scale
             ups.append(cpu_kernels.blocks_of_outputs(scaled_OZ))
-            return cpu_kernels.LowRank(
-                _address(lora.A, dtype), _address(ups[-1], dtype), lora.rank
-            )
+            return cpu_kernels.LowRank(_address(lora.A, dtype), _address(ups[-1], dtype), lora.rank)
 
         entries = [
             cpu_kernels.LayerUpdate(**{k: low_rank(v) for k, v in adapter.layer(index).items()})
