@@ -1,6 +1,6 @@
 """Decoding speed of one request: I-DLM layouts and `transformers` against our own AR.
 
-    python benchmarks/decode_speed.py
+    python benchmarks/decode_speed.py [--layouts linear:4 quadratic:3] [--prompts "..."]
 
 Greedy, one request at a time, the default model with its adapter. Every round runs each way
 once, so that a ratio compares neighbours in time; the table gives the median over the rounds.
@@ -27,7 +27,7 @@ PROMPTS = [
     "Write a Python function that checks whether a number is prime.",
     "Explain in a few sentences why the sky is blue.",
 ]
-LAYOUTS = [("linear", 2), ("linear", 4), ("quadratic", 2), ("quadratic", 3), ("quadratic", 4)]
+LAYOUTS = ["linear:2", "linear:3", "linear:4", "linear:6", "quadratic:2", "quadratic:3"]
 
 
 def main() -> None:
@@ -36,6 +36,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="NAME:STRIDE")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--no-transformers", action="store_true")
     args = parser.parse_args()
 
     llm = LLM(dtype=args.dtype, device=args.device)
@@ -62,9 +65,12 @@ def main() -> None:
         )
         return 1.0
 
-    ways = {"ar": ours(llm.autoregressive()), "transformers": theirs}
-    ways |= {f"{name} N={n}": ours(llm.with_layout(name, n)) for name, n in LAYOUTS}
-    for prompt in PROMPTS:
+    ways = {"ar": ours(llm.autoregressive())}
+    if not args.no_transformers:
+        ways["transformers"] = theirs
+    for name, stride in (layout.split(":") for layout in args.layouts):
+        ways[f"{name} N={stride}"] = ours(llm.with_layout(name, int(stride)))
+    for prompt in args.prompts:
         ids = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}])
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         tpf = {}

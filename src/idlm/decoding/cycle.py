@@ -214,6 +214,8 @@ def _conclude(
 
         def used(rows_BXA: torch.Tensor) -> torch.Tensor:
             """Of the mask rows, those of the block that follows the committed tokens."""
+            if num_masks == M:
+                return rows_BXA
             return rows_BXA.unflatten(1, (-1, M))[batch_B, block_B.clamp(min=0)]
 
         block_BMH = used(hidden_BRH[:, N:])

@@ -143,7 +143,7 @@ class SamplerHead(nn.Module):
         self, projected_BW: torch.Tensor, token_BH: torch.Tensor, state_BH: torch.Tensor
     ) -> torch.Tensor:
         """The state ``s_j`` from place ``j``'s projection, ``e(x_{j-1})`` and ``s_{j-1}``."""
-        given_BW = projected_BW + _linear(self.token_norm(token_BH), self.from_token)
+        given_BW = projected_BW + _linear(_norm(token_BH, self.token_norm), self.from_token)
         for block, part_BW in zip(self.blocks, given_BW.chunk(len(self.blocks), -1), strict=True):
             state_BH = block(part_BW, state_BH)
         return state_BH
@@ -160,7 +160,7 @@ class HeadBlock(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, given_BW: torch.Tensor, state_BH: torch.Tensor) -> torch.Tensor:
-        state_BW = _linear(self.state_norm(state_BH), self.from_state)
+        state_BW = _linear(_norm(state_BH, self.state_norm), self.from_state)
         gate, up = (given_BW + state_BW).chunk(2, dim=-1)
         return state_BH + _linear(F.silu(gate) * up, self.out)
 
@@ -168,6 +168,12 @@ class HeadBlock(nn.Module):
 def _linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     if cpu_kernels.usable(x):
         return cpu_kernels.linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def _norm(x: torch.Tensor, layer: nn.RMSNorm) -> torch.Tensor:
+    if cpu_kernels.usable(x) and layer.eps is not None:
+        return cpu_kernels.rms_norm(x, layer.weight, layer.eps)
     return layer(x)
 
 

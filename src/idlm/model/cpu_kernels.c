@@ -428,7 +428,7 @@ INLINE void mix_vector(int rows, bool half, float *o, int64_t o_stride, const fl
 
 /* ---- linear --------------------------------------------------------------------------------- */
 
-typedef struct {
+typedef struct Linear {
     const char *x, *w, *bias;
     char *y;
     /* Row r is row r % inner of batch r / inner; strides in elements. */
@@ -441,6 +441,10 @@ typedef struct {
     const char *up;
     int64_t masks, rank, z_row;
     const int64_t *part_end;
+    /* The product that makes z: its tasks come first, and nobody reads z before all are done. */
+    const struct Linear *down;
+    int64_t down_tasks;
+    _Atomic int64_t *down_done;
 } Linear;
 
 /* Weight rows between two visits to the results. Where several row tiles pass over them, they stay
@@ -514,7 +518,11 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
                                              (int)tiles);
             }
         }
-        if (a->up) add_low_rank(a, sums, row0, rows, chunk, chunk_end, half);
+        if (a->up) {
+            while (atomic_load_explicit(a->down_done, memory_order_acquire) < a->down_tasks)
+                continue;
+            add_low_rank(a, sums, row0, rows, chunk, chunk_end, half);
+        }
         for (int64_t r = 0; r < rows; r++)
             for (int64_t o = chunk; o < chunk_end; o += VL) {
                 const int64_t n = chunk_end - o;
@@ -527,19 +535,39 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
     }
 }
 
-static void linear_task_bf16(const void *a, int64_t index) { linear_task(a, index, true); }
-static void linear_task_fp32(const void *a, int64_t index) { linear_task(a, index, false); }
+INLINE void linear_or_down_task(const Linear *a, int64_t index, bool half) {
+    if (index >= a->down_tasks) {
+        linear_task(a, index - a->down_tasks, half);
+    } else {
+        linear_task(a->down, index, half);
+        atomic_fetch_add_explicit(a->down_done, 1, memory_order_release);
+    }
+}
 
-static void linear(Linear *a, bool half, int64_t threads) {
-    if (a->rows == 0 || a->out == 0) return;
+static void linear_task_bf16(const void *a, int64_t index) { linear_or_down_task(a, index, true); }
+static void linear_task_fp32(const void *a, int64_t index) { linear_or_down_task(a, index, false); }
+
+/* Cut the product into tasks for so many threads; returns their number. */
+static int64_t cut(Linear *a, int64_t threads) {
     const int64_t budget = 384 * 1024; /* bytes of packed rows: they stay in the L2 cache */
-    /* A weight costs as much to read as to multiply with several rows. */
-    threads = useful_threads(threads, (4 + a->rows / 2) * a->in * a->out / VL);
     a->row_block = min64(a->rows, max64(RB, budget / ((a->in + GROUP) * 4) / RB * RB));
     a->out_block = ceil_div(ceil_div(a->out, threads * 2), OB * TALL_OB) * OB * TALL_OB;
     a->out_tasks = ceil_div(a->out, a->out_block);
-    parallel_for(half ? linear_task_bf16 : linear_task_fp32, a,
-                 ceil_div(a->rows, a->row_block) * a->out_tasks, threads);
+    return ceil_div(a->rows, a->row_block) * a->out_tasks;
+}
+
+/* `down`, which may be NULL, makes a->z. */
+static void linear(Linear *a, Linear *down, bool half, int64_t threads) {
+    if (a->rows == 0 || a->out == 0) return;
+    _Atomic int64_t done = 0;
+    threads = useful_threads(threads, (1 + a->rows / 2) * a->in * a->out / VL);
+    const int64_t tasks = cut(a, threads);
+    if (down) {
+        a->down = down;
+        a->down_tasks = cut(down, 1);
+        a->down_done = &done;
+    }
+    parallel_for(half ? linear_task_bf16 : linear_task_fp32, a, a->down_tasks + tasks, threads);
 }
 
 /* y[r, o] = sum_i x[r, i] * w[o, i] (+ bias[o]) (+ y[r, o] if accumulate), rounded once. */
@@ -549,7 +577,7 @@ EXPORT void idlm_linear(int half, const void *x, int64_t x_batch, int64_t x_row,
     Linear a = {.x = x, .w = w, .bias = bias, .y = y, .rows = rows, .inner = inner,
                 .x_batch = x_batch, .x_row = x_row, .y_batch = y_batch, .y_row = y_row,
                 .in = in, .out = out, .accumulate = accumulate};
-    linear(&a, half, threads);
+    linear(&a, NULL, half, threads);
 }
 
 /* ---- attention ------------------------------------------------------------------------------ */
@@ -923,19 +951,16 @@ static void project(const Stack *s, const void *x, int64_t in, Projection p, Low
                     const int64_t *part_end, int parts, void *y, bool accumulate, float *z) {
     const int64_t out = part_end[parts - 1], rows = s->batch * s->rows;
     const int64_t z_row = parts * update.rank;
-    if (update.down) {
-        const int64_t clean = (s->rows - s->masks) * in * (s->half ? 2 : 4);
-        Linear down = {.x = (const char *)x + clean, .w = update.down, .y = (char *)z,
-                       .rows = s->batch * s->masks, .inner = s->masks, .x_batch = s->rows * in,
-                       .x_row = in, .y_batch = s->masks * z_row, .y_row = z_row, .in = in,
-                       .out = z_row, .wide = true};
-        linear(&down, s->half, s->threads);
-    }
+    const int64_t clean = (s->rows - s->masks) * in * (s->half ? 2 : 4);
+    Linear down = {.x = (const char *)x + clean, .w = update.down, .y = (char *)z,
+                   .rows = s->batch * s->masks, .inner = s->masks, .x_batch = s->rows * in,
+                   .x_row = in, .y_batch = s->masks * z_row, .y_row = z_row, .in = in,
+                   .out = z_row, .wide = true};
     Linear a = {.x = x, .w = p.weight, .bias = p.bias, .y = y, .rows = rows, .inner = s->rows,
                 .x_batch = s->rows * in, .x_row = in, .y_batch = s->rows * out, .y_row = out,
                 .in = in, .out = out, .accumulate = accumulate, .z = z, .up = update.up,
                 .masks = s->masks, .rank = update.rank, .z_row = z_row, .part_end = part_end};
-    linear(&a, s->half, s->threads);
+    linear(&a, update.down ? &down : NULL, s->half, s->threads);
 }
 
 static void attend(const Stack *s, int64_t layer, const char *qkv, char *out) {
