@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from idlm.model.attention import CachedAttention
 from idlm.model.decoder import Decoder
 from tests.support.random_model import random_adapter, random_config, random_decoder
 
-SHAPES: dict[str, dict[str, object]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "odd sizes": {
         "hidden_size": 45,

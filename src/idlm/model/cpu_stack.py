@@ -108,7 +108,8 @@ class _Addresses(Generic[_Entry]):
         parameters: Iterable[nn.Parameter],
         derived: Iterable[torch.Tensor] = (),
     ) -> None:
-        self.entries, self.dtype = entries, dtype
+        self.entries: ctypes.Array[_Entry] = entries
+        self.dtype = dtype
         self._parameters = list(parameters)
         # Their memory is held too, so that nothing else can come to lie at a known address.
         self._held = [p.detach() for p in self._parameters] + list(derived)
