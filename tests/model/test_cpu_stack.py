@@ -1,4 +1,4 @@
-"""The fused CPU layers against the decoder's own definition, and row invariance bit for bit."""
+"""The fused CPU layers and head against their definitions, and row invariance bit for bit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from idlm.model import cpu_kernels, cpu_stack
 from idlm.model.adapter import Adapter
 from idlm.model.attention import CachedAttention
+from idlm.model.cpu_head import greedy_chain
 from idlm.model.decoder import Decoder
 from tests.support.random_model import random_adapter, random_config, random_decoder
 
@@ -214,3 +215,37 @@ def test_an_adapter_in_training_takes_the_torch_path() -> None:
     assert cpu_stack.takes(x_BRH, attention, adapter)
     adapter.requires_grad_(True)
     assert not cpu_stack.takes(x_BRH, attention, adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ["llama", "odd sizes"])
+def test_greedy_chain_follows_the_head(shape: str, dtype: torch.dtype) -> None:
+    decoder, adapter = model(shape, dtype)
+    random = torch.Generator().manual_seed(2)
+    hidden_BMH = torch.randn(3, 5, decoder.config.hidden_size, generator=random).to(dtype)
+    ids_BMK = torch.stack([torch.randperm(61, generator=random)[:20] for _ in range(15)])
+    ids_BMK, first_B = ids_BMK.view(3, 5, 20), torch.tensor([0, 60, 7])
+    tokens_BM = greedy_chain(decoder, adapter.head, hidden_BMH, ids_BMK, first_B)
+    # In fp64, teacher-forced with the chain's own tokens: they are the best, up to rounding.
+    head, embed = copy.deepcopy(adapter.head).double(), decoder.embed.weight.double()
+    state_BH = torch.zeros(3, decoder.config.hidden_size, dtype=torch.float64)
+    projected_BMW, previous_B = head.project(hidden_BMH.double()), first_B
+    for j in range(5):
+        state_BH = head.step(projected_BMW[:, j], embed[previous_B], state_BH)
+        logits_BV = (hidden_BMH[:, j].double() + state_BH) @ decoder.output_weight.double().T
+        logits_BK = logits_BV.gather(1, ids_BMK[:, j])
+        previous_B = tokens_BM[:, j]
+        assert (ids_BMK[:, j] == previous_B[:, None]).any(1).all()
+        chosen_B = logits_BV.gather(1, previous_B[:, None])[:, 0]
+        spread_B = logits_BK.amax(1) - logits_BK.amin(1)
+        assert (logits_BK.amax(1) - chosen_B <= TOLERANCE[dtype] * spread_B).all()
+    assert len(tokens_BM.unique()) > 5
+
+
+def test_greedy_chain_refuses_unknown_tokens() -> None:
+    decoder, adapter = model("llama", torch.float32)
+    hidden_BMH = torch.zeros(1, 2, decoder.config.hidden_size)
+    good, bad = torch.zeros(1, 2, 3, dtype=torch.int64), torch.full((1, 2, 3), 61)
+    for ids_BMK, first in ((bad, 0), (good, -1), (good, 61)):
+        with pytest.raises(ValueError, match="not in the vocabulary"):
+            greedy_chain(decoder, adapter.head, hidden_BMH, ids_BMK, torch.tensor([first]))

@@ -9,6 +9,7 @@ from idlm.decoding.sampling import Sampling, distribution, greedy_choice, sample
 from idlm.decoding.verify import Drafts
 from idlm.model import cpu_kernels
 from idlm.model.adapter import Adapter
+from idlm.model.cpu_head import greedy_chain
 from idlm.model.decoder import Decoder
 
 CANDIDATES = 256
@@ -41,8 +42,13 @@ def propose(
         coupled: draw with the noise that verification will use (the coupled rule).
     """
     ids_BMK = likeliest(logits_BMV, min(candidates, logits_BMV.shape[-1]))
-    stream = Stream.TOKEN if coupled else Stream.DRAFT
+    count_B = torch.full_like(first_B, ids_BMK.shape[1])
     head = None if adapter is None else adapter.head
+    plain = sampling.all_greedy and not sampling.adjusts_logits
+    if plain and head is not None and cpu_kernels.usable(hidden_BMH):
+        tokens_BM = greedy_chain(decoder, head, hidden_BMH, ids_BMK, first_B)
+        return Drafts(tokens_BM, ids_BMK, (ids_BMK == tokens_BM[..., None]).float(), count_B)
+    stream = Stream.TOKEN if coupled else Stream.DRAFT
     if head is not None:
         projected_BMW = head.project(hidden_BMH)
         state_BH = torch.zeros_like(hidden_BMH[:, 0])
@@ -71,7 +77,6 @@ def propose(
         previous_B = ids_B1K[:, 0].gather(1, choice_B1).squeeze(1)
         tokens.append(previous_B)
         probs.append(q_BK)
-    count_B = torch.full_like(first_B, len(tokens))
     return Drafts(torch.stack(tokens, dim=1), ids_BMK, torch.stack(probs, dim=1), count_B)
 
 

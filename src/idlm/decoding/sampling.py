@@ -98,6 +98,11 @@ class Sampling:
             sampling.bias_BV = bias_BV.to(device)
         return sampling
 
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether a request has penalties or a bias."""
+        return self.counts_BV is not None or self.bias_BV is not None
+
     def commit(self, tokens_BN: torch.Tensor, num_tokens_B: torch.Tensor) -> None:
         """Count the first ``num_tokens_B`` of ``tokens_BN`` as output."""
         if self.counts_BV is not None:
@@ -136,7 +141,7 @@ def greedy_choice(
     ids_BRX: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Index ``[B, R]`` of the largest adjusted logit, the first of equals; arguments as above."""
-    if sampling.counts_BV is not None or sampling.bias_BV is not None:
+    if sampling.adjusts_logits:
         logits_BRX = adjusted_logits(logits_BRX, sampling, drafts_BRE, ids_BRX)
     if cpu_kernels.usable(logits_BRX):
         return cpu_kernels.argmax(logits_BRX)

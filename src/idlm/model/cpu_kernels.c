@@ -1188,3 +1188,85 @@ EXPORT bool idlm_score(int half, const void *x, const void *w, const int64_t *id
                  useful_threads(threads, rows * k * in / VL));
     return true;
 }
+
+/* ---- sampler head --------------------------------------------------------------------------- */
+
+/* Structures as in cpu_kernels.py; all tensors are dense. */
+typedef struct {
+    const void *state_norm, *from_state, *out;
+} HeadBlock;
+
+typedef struct {
+    int64_t half, threads, batch, places, depth, hidden, width, vocabulary, candidates;
+    float eps;
+    const HeadBlock *block;
+    const void *from_hidden, *hidden_bias, *token_norm, *from_token, *embedding, *output;
+    const void *h;        /* [batch, places, hidden] */
+    const int64_t *first; /* [batch]: the tokens before the first place */
+    const int64_t *ids;   /* [batch, places, candidates] */
+    int64_t *tokens;      /* [batch, places], written */
+} Chain;
+
+static void head_product(const Chain *c, const void *x, int64_t rows, int64_t in, const void *w,
+                         const void *bias, void *y, int64_t out, int64_t y_row, bool accumulate) {
+    Linear a = {.x = x, .w = w, .bias = bias, .y = y, .rows = rows, .inner = rows, .x_row = in,
+                .y_row = y_row, .in = in, .out = out, .accumulate = accumulate};
+    linear(&a, NULL, c->half, c->threads);
+}
+
+static void add_rows(bool half, const char *a, const char *b, char *y, int64_t n) {
+    const int64_t size = half ? 2 : 4;
+    for (int64_t i = 0; i < n; i += VL)
+        store_vector(y + i * size, half, n - i, load_vector(a + i * size, half, n - i) +
+                                                    load_vector(b + i * size, half, n - i));
+}
+
+/* The likeliest chain of candidates: each place's token is the best under the head's state, which
+ * has seen the one before. False, and nothing done, if a token or candidate is not in the
+ * vocabulary or memory is short. */
+EXPORT bool idlm_greedy_chain(const Chain *c) {
+    const int64_t size = c->half ? 2 : 4, B = c->batch, M = c->places, H = c->hidden;
+    const int64_t K = c->candidates, W = c->depth * 2 * c->width; /* of all blocks' inputs */
+    for (int64_t i = 0; i < B * M * K; i++)
+        if (c->ids[i] < 0 || c->ids[i] >= c->vocabulary) return false;
+    for (int64_t b = 0; b < B; b++)
+        if (c->first[b] < 0 || c->first[b] >= c->vocabulary) return false;
+    const int64_t rows = B * M * W + B * (W + 3 * H + c->width);
+    char *projected = calloc((size_t)(rows * size + B * K * 4), 1);
+    if (!projected) return false;
+    char *given = projected + B * M * W * size, *state = given + B * W * size;
+    char *row = state + B * H * size, *normed = row + B * H * size, *act = normed + B * H * size;
+    float *scores = (float *)(act + B * c->width * size);
+    head_product(c, c->h, B * M, H, c->from_hidden, c->hidden_bias, projected, W, W, false);
+    for (int64_t j = 0; j < M; j++) {
+        for (int64_t b = 0; b < B; b++) {
+            const int64_t token = j ? c->tokens[b * M + j - 1] : c->first[b];
+            memcpy(row + b * H * size, (const char *)c->embedding + token * H * size, H * size);
+            memcpy(given + b * W * size, projected + (b * M + j) * W * size, W * size);
+        }
+        idlm_rms_norm((int)c->half, row, c->token_norm, normed, B, H, c->eps, c->threads);
+        head_product(c, normed, B, H, c->from_token, NULL, given, W, W, true);
+        for (int64_t d = 0; d < c->depth; d++) {
+            char *part = given + d * 2 * c->width * size;
+            const HeadBlock *block = c->block + d;
+            idlm_rms_norm((int)c->half, state, block->state_norm, normed, B, H, c->eps, c->threads);
+            head_product(c, normed, B, H, block->from_state, NULL, part, 2 * c->width, W, true);
+            silu_mul((RowWise){.x = part, .y = act, .rows = B, .heads = 1, .x_row = W,
+                               .y_row = c->width, .width = c->width},
+                     c->half, c->threads);
+            head_product(c, act, B, c->width, block->out, NULL, state, H, H, true);
+        }
+        for (int64_t b = 0; b < B; b++) {
+            const int64_t at = (b * M + j) * K;
+            add_rows(c->half, (const char *)c->h + (b * M + j) * H * size, state + b * H * size, row,
+                     H);
+            idlm_score((int)c->half, row, c->output, c->ids + at, scores, 1, c->vocabulary, K, H,
+                       c->threads);
+            int64_t best;
+            idlm_argmax(false, scores, &best, 1, K, c->threads);
+            c->tokens[b * M + j] = c->ids[at + best];
+        }
+    }
+    free(projected);
+    return true;
+}

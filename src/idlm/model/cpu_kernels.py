@@ -20,10 +20,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from idlm.errors import ResourceError
 from idlm.model.cache import models_folder
@@ -56,11 +59,14 @@ _SIGNATURES = {
         *[_SIZE] * 5,
     ],
     "idlm_stack": [_POINTER],
+    "idlm_greedy_chain": [_POINTER],
     "idlm_rms_norm": [_INT, _POINTER, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_float, _SIZE],
     "idlm_argmax": [_INT, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE],
     "idlm_top": [_INT, _POINTER, _SIZE, _POINTER, *[_SIZE] * 4],
     "idlm_score": [_INT, _POINTER, _POINTER, _POINTER, _POINTER, *[_SIZE] * 5],
 }
+# These return whether their arguments were in order.
+_CHECKED = ("idlm_attention", "idlm_append", "idlm_stack", "idlm_score", "idlm_greedy_chain")
 _log = logging.getLogger(__name__)
 
 
@@ -117,6 +123,69 @@ class Stack(ctypes.Structure):
         *((name, _SIZE) for name in ("cache_length", "window")),
         *((name, _POINTER) for name in ("start", "positions", "visible")),
     ]
+
+
+class HeadBlock(ctypes.Structure):
+    """Addresses of a sampler head's block."""
+
+    _fields_ = [(name, _POINTER) for name in ("state_norm", "from_state", "out")]
+
+
+class Chain(ctypes.Structure):
+    """One run of the sampler head over the places of mask blocks, choosing greedily.
+
+    ``h [batch, places, hidden]`` and the head's tensors are dense and of one dtype, bf16 if
+    ``half``, else fp32; ``first [batch]`` are the tokens before the first place, ``ids [batch,
+    places, candidates]`` those to choose from; ``tokens [batch, places]`` are written. int64.
+    """
+
+    _fields_ = [
+        *((name, _SIZE) for name in ("half", "threads", "batch", "places", "depth")),
+        *((name, _SIZE) for name in ("hidden", "width", "vocabulary", "candidates")),
+        ("eps", ctypes.c_float),
+        ("block", ctypes.POINTER(HeadBlock)),
+        *((name, _POINTER) for name in ("from_hidden", "hidden_bias", "token_norm", "from_token")),
+        *((name, _POINTER) for name in ("embedding", "output", "h", "first", "ids", "tokens")),
+    ]
+
+
+Entry = TypeVar("Entry", Layer, LayerUpdate, HeadBlock)
+
+
+class Addresses(Generic[Entry]):
+    """Structures of addresses of parameters, and what they point to, so that it stays."""
+
+    def __init__(
+        self,
+        entries: ctypes.Array[Entry],
+        dtype: torch.dtype,
+        parameters: Iterable[nn.Parameter],
+        derived: Iterable[torch.Tensor] = (),
+    ) -> None:
+        self.entries: ctypes.Array[Entry] = entries
+        self.dtype = dtype
+        self._parameters = list(parameters)
+        # Their memory is held too, so that nothing else can come to lie at a known address.
+        self._held = [p.detach() for p in self._parameters] + list(derived)
+        self._known = [p.data_ptr() for p in self._parameters]
+
+    def hold(self, dtype: torch.dtype) -> bool:
+        """Whether they are of ``dtype`` and no parameter has moved, as by ``module.to(...)``."""
+        return dtype is self.dtype and self._known == [p.data_ptr() for p in self._parameters]
+
+
+def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    """Where a dense tensor of ``dtype`` lies.
+
+    Raises:
+        ValueError: it is not dense, or of another dtype.
+    """
+    if tensor.dtype is not dtype or not tensor.is_contiguous():
+        raise ValueError(
+            f"The CPU kernels need dense tensors of {dtype}; got {tensor.dtype} with strides "
+            f"{tensor.stride()}."
+        )
+    return tensor.data_ptr()
 
 
 def usable(x: torch.Tensor) -> bool:
@@ -468,6 +537,16 @@ def run(stack: Stack) -> None:
         raise ValueError(f"{stack.rows} rows do not fit into the cache of {stack.cache_length}.")
 
 
+def run_chain(chain: Chain) -> None:
+    """Run the head; the caller answers for the addresses.
+
+    Raises:
+        ValueError: a token or candidate is not in the vocabulary.
+    """
+    if not _native().idlm_greedy_chain(ctypes.byref(chain)):
+        raise ValueError(f"A token is not in the vocabulary of {chain.vocabulary}.")
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels, or None (after one warning) where they cannot be had."""
@@ -484,8 +563,7 @@ def _library() -> ctypes.CDLL | None:
     for name, argtypes in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = argtypes
-        checked = name in ("idlm_attention", "idlm_append", "idlm_stack", "idlm_score")
-        function.restype = ctypes.c_bool if checked else None
+        function.restype = ctypes.c_bool if name in _CHECKED else None
     library.idlm_init(_torch_thread_pool())
     return library
 

@@ -8,8 +8,7 @@ once, not after each step.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from idlm.model import cpu_kernels
 from idlm.model.attention import CachedAttention
+from idlm.model.cpu_kernels import Addresses, address
 
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear
@@ -75,7 +75,7 @@ def run(
             scale=config.head_dim**-0.5,
             layer=_layers(decoder, x_BRH.dtype),
             update=None if adapter is None else _updates(adapter, x_BRH.dtype),
-            norm=_address(decoder.norm.weight, x_BRH.dtype),
+            norm=address(decoder.norm.weight, x_BRH.dtype),
             x=x_BRH.data_ptr(),
             cosine=cos.data_ptr(),
             sine=sin.data_ptr(),
@@ -95,34 +95,9 @@ def run(
     return x_BRH
 
 
-_Entry = TypeVar("_Entry", cpu_kernels.Layer, cpu_kernels.LayerUpdate)
-
-
-class _Addresses(Generic[_Entry]):
-    """Addresses of parameters, by layer, and what they point to, so that it stays."""
-
-    def __init__(
-        self,
-        entries: ctypes.Array[_Entry],
-        dtype: torch.dtype,
-        parameters: Iterable[nn.Parameter],
-        derived: Iterable[torch.Tensor] = (),
-    ) -> None:
-        self.entries: ctypes.Array[_Entry] = entries
-        self.dtype = dtype
-        self._parameters = list(parameters)
-        # Their memory is held too, so that nothing else can come to lie at a known address.
-        self._held = [p.detach() for p in self._parameters] + list(derived)
-        self._known = [p.data_ptr() for p in self._parameters]
-
-    def hold(self, dtype: torch.dtype) -> bool:
-        """Whether they are of ``dtype`` and no parameter has moved, as by ``module.to(...)``."""
-        return dtype is self.dtype and self._known == [p.data_ptr() for p in self._parameters]
-
-
 # By module, not in an attribute of it: addresses must not be copied or saved with a module.
-_of_decoder: WeakKeyDictionary[nn.Module, _Addresses[cpu_kernels.Layer]] = WeakKeyDictionary()
-_of_adapter: WeakKeyDictionary[nn.Module, _Addresses[cpu_kernels.LayerUpdate]] = WeakKeyDictionary()
+_of_decoder: WeakKeyDictionary[nn.Module, Addresses[cpu_kernels.Layer]] = WeakKeyDictionary()
+_of_adapter: WeakKeyDictionary[nn.Module, Addresses[cpu_kernels.LayerUpdate]] = WeakKeyDictionary()
 
 
 def _layers(decoder: Decoder, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.Layer]:
@@ -130,17 +105,17 @@ def _layers(decoder: Decoder, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.La
     if known is None or not known.hold(dtype):
         entries = [_layer(layer, dtype) for layer in decoder.layers]  # type: ignore[arg-type]
         array = (cpu_kernels.Layer * len(entries))(*entries)
-        known = _of_decoder[decoder] = _Addresses(array, dtype, decoder.layers.parameters())
+        known = _of_decoder[decoder] = Addresses(array, dtype, decoder.layers.parameters())
     return known.entries
 
 
 def _layer(layer: Layer, dtype: torch.dtype) -> cpu_kernels.Layer:
     def norm(module: RMSNorm | None) -> int | None:
-        return None if module is None else _address(module.weight, dtype)
+        return None if module is None else address(module.weight, dtype)
 
     def projection(module: Linear) -> cpu_kernels.Projection:
-        bias = None if module.bias is None else _address(module.bias, dtype)
-        return cpu_kernels.Projection(_address(module.weight, dtype), bias)
+        bias = None if module.bias is None else address(module.bias, dtype)
+        return cpu_kernels.Projection(address(module.weight, dtype), bias)
 
     return cpu_kernels.Layer(
         norm(layer.attn_norm),
@@ -162,21 +137,12 @@ def _updates(adapter: Adapter, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.L
         def low_rank(lora: LoraLinear) -> cpu_kernels.LowRank:
             scaled_OZ = torch.cat([B.detach() for B in lora.B]) * lora.scale
             ups.append(cpu_kernels.blocks_of_outputs(scaled_OZ))
-            return cpu_kernels.LowRank(_address(lora.A, dtype), _address(ups[-1], dtype), lora.rank)
+            return cpu_kernels.LowRank(address(lora.A, dtype), address(ups[-1], dtype), lora.rank)
 
         entries = [
             cpu_kernels.LayerUpdate(**{k: low_rank(v) for k, v in adapter.layer(index).items()})
             for index in range(len(adapter.lora))
         ]
         array = (cpu_kernels.LayerUpdate * len(entries))(*entries)
-        known = _of_adapter[adapter] = _Addresses(array, dtype, adapter.lora.parameters(), ups)
+        known = _of_adapter[adapter] = Addresses(array, dtype, adapter.lora.parameters(), ups)
     return known.entries
-
-
-def _address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
-    if tensor.dtype is not dtype or not tensor.is_contiguous():
-        raise ValueError(
-            f"The CPU kernels need dense tensors of {dtype}; got {tensor.dtype} with strides "
-            f"{tensor.stride()}."
-        )
-    return tensor.data_ptr()
