@@ -6,6 +6,7 @@ which on a CPU would spend more time between its many small operations than in t
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -42,7 +43,7 @@ def greedy_chain(
     # Variables, not temporaries: an address alone keeps nothing alive.
     hidden_BMH, ids_BMK, first_B = (t.contiguous() for t in (hidden_BMH, ids_BMK, first_B))
     tokens_BM = torch.empty(B, M, dtype=torch.int64)
-    blocks: list[HeadBlock] = list(head.blocks)  # type: ignore[arg-type]
+    blocks = _blocks(head)
     cpu_kernels.run_chain(
         cpu_kernels.Chain(
             half=dtype is torch.bfloat16,
@@ -55,7 +56,7 @@ def greedy_chain(
             vocabulary=len(decoder.output_weight),
             candidates=ids_BMK.shape[2],
             eps=decoder.config.rms_norm_eps,
-            block=_blocks(head, dtype).entries,
+            block=_addresses(head, dtype),
             from_hidden=address(head.from_hidden.weight, dtype),
             hidden_bias=address(head.from_hidden.bias, dtype),
             token_norm=address(head.token_norm.weight, dtype),
@@ -74,7 +75,11 @@ def greedy_chain(
 _of_head: WeakKeyDictionary[nn.Module, Addresses[cpu_kernels.HeadBlock]] = WeakKeyDictionary()
 
 
-def _blocks(head: SamplerHead, dtype: torch.dtype) -> Addresses[cpu_kernels.HeadBlock]:
+def _blocks(head: SamplerHead) -> list[HeadBlock]:
+    return list(head.blocks)  # type: ignore[arg-type]
+
+
+def _addresses(head: SamplerHead, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.HeadBlock]:
     known = _of_head.get(head)
     if known is None or not known.hold(dtype):
         entries = [
@@ -83,8 +88,8 @@ def _blocks(head: SamplerHead, dtype: torch.dtype) -> Addresses[cpu_kernels.Head
                 address(block.from_state.weight, dtype),
                 address(block.out.weight, dtype),
             )
-            for block in head.blocks
+            for block in _blocks(head)
         ]
         array = (cpu_kernels.HeadBlock * len(entries))(*entries)
         known = _of_head[head] = Addresses(array, dtype, head.blocks.parameters())
-    return known
+    return known.entries
