@@ -53,6 +53,8 @@ def test_stats_add_up(llm: LLM, ids: list[int]) -> None:
 def test_linear_layout_is_cold_after_a_rejection(llm: LLM, ids: list[int]) -> None:
     stats = llm.with_layout("linear", 4).generate(ids, GREEDY)[0].stats
     assert stats.reject <= stats.cold <= stats.reject + 1
+    if llm.device.type == "cpu":  # a cold forward is pending and three masks there
+        assert stats.rows == 7 * (stats.forwards - stats.cold) + 4 * stats.cold
 
 
 def test_sources_name_what_each_token_was(llm: LLM, ids: list[int]) -> None:

@@ -78,6 +78,7 @@ class Outcome:
         verdict: accepted drafts and the token after them.
         logits_BNV: the base model's raw logits behind ``tokens_BN``.
         state: for the next forward.
+        rows: clean and mask rows of each request that took part.
     """
 
     tokens_BN: torch.Tensor
@@ -85,6 +86,7 @@ class Outcome:
     verdict: Verdict
     logits_BNV: torch.Tensor
     state: State
+    rows: int
 
 
 def decode(
@@ -96,6 +98,10 @@ def decode(
 ) -> Outcome:
     """Run one cycle for ``B`` requests; the caches need room for ``layout.num_rows`` more."""
     layout, drafts = method.layout, state.drafts
+    # Nobody has drafts: no rows for them. Elsewhere, to look would be to wait for the device.
+    if layout.block_size and drafts.count_B.device.type == "cpu" and not drafts.count_B.any():
+        tokens_B1 = state.pending_B[:, None]
+        return _without_drafts(method, k_LBKSD, v_LBKSD, tokens_B1, state.length_B, sampling)
     tables = row_tables(layout, state.pending_B.device)
     positions_BR = state.length_B[:, None] + tables.offsets_NR[drafts.count_B]
     attention = CachedAttention(
@@ -137,24 +143,32 @@ def prefill(
     The outcome is that of a cycle without drafts: the first token, and proposals after it.
     """
     B, P = prompt_BP.shape
+    start_B = torch.zeros(B, dtype=torch.int64, device=prompt_BP.device)
     start = 0
     while P - start > chunk:
-        _causal(method, k_LBKSD, v_LBKSD, prompt_BP[:, start : start + chunk], start, 0)
+        tokens_BC = prompt_BP[:, start : start + chunk]
+        _causal(method, k_LBKSD, v_LBKSD, tokens_BC, start_B + start, 0)
         start += chunk
-    masks = method.layout.block_size
-    hidden_BRH = _causal(method, k_LBKSD, v_LBKSD, prompt_BP[:, start:], start, masks)
-    last = P - start
-    length_B = torch.full((B,), P - 1, device=prompt_BP.device)
-    state = State(prompt_BP[:, -1], length_B, Drafts.none(B, prompt_BP.device))
-    block_after_B1 = torch.full_like(length_B, 0 if masks else -1)[:, None]
-    return _conclude(
-        method,
-        hidden_BRH[:, last - 1 :],
-        masks,
-        block_after_B1,
-        state,
-        sampling,
+    return _without_drafts(
+        method, k_LBKSD, v_LBKSD, prompt_BP[:, start:], start_B + start, sampling
     )
+
+
+def _without_drafts(
+    method: Method,
+    k_LBKSD: torch.Tensor,
+    v_LBKSD: torch.Tensor,
+    tokens_BC: torch.Tensor,
+    start_B: torch.Tensor,
+    sampling: Sampling,
+) -> Outcome:
+    """A cycle with nothing to verify: tokens, the last of them pending, and a mask block."""
+    (B, C), masks = tokens_BC.shape, method.layout.block_size
+    hidden_BRH = _causal(method, k_LBKSD, v_LBKSD, tokens_BC, start_B, masks)
+    length_B = start_B + C - 1
+    state = State(tokens_BC[:, -1], length_B, Drafts.none(B, tokens_BC.device))
+    block_after_B1 = torch.full_like(length_B, 0 if masks else -1)[:, None]
+    return _conclude(method, hidden_BRH[:, C - 1 :], masks, block_after_B1, state, sampling)
 
 
 def _causal(
@@ -162,18 +176,18 @@ def _causal(
     k_LBKSD: torch.Tensor,
     v_LBKSD: torch.Tensor,
     tokens_BC: torch.Tensor,
-    start: int,
+    start_B: torch.Tensor,
     num_masks: int,
 ) -> torch.Tensor:
-    """Hidden states of tokens (and masks) that stand at ``start`` and see all before them."""
+    """Hidden states of tokens (and masks) that begin at ``start`` and see all before them."""
     B, C = tokens_BC.shape
     rows, device = C + num_masks, tokens_BC.device
-    positions_BR = torch.arange(start, start + rows, device=device).repeat(B, 1)
+    positions_BR = start_B[:, None] + torch.arange(rows, device=device)
     visible_BRR = torch.ones(rows, rows, dtype=torch.bool, device=device).tril().repeat(B, 1, 1)
     attention = CachedAttention(
         k_LBKSD,
         v_LBKSD,
-        torch.full((B,), start, device=device),
+        start_B,
         positions_BR,
         visible_BRR,
         method.decoder.config.sliding_window,
@@ -231,4 +245,4 @@ def _conclude(
         )
         proposals.count_B = torch.where(block_B >= 0, proposals.count_B, 0)
     state = State(verdict.next_B, length_B, proposals)
-    return Outcome(tokens_BN, drafts.count_B, verdict, logits_BNV, state)
+    return Outcome(tokens_BN, drafts.count_B, verdict, logits_BNV, state, hidden_BRH.shape[1])

@@ -137,7 +137,7 @@ class Engine:
         self._running.append(request)
         parts = [outcome.state] if self._state is None else [self._state, outcome.state]
         self._state, self._sampling = State.cat(parts), None
-        self._commit([request], outcome, rows=1 + self.method.layout.block_size)
+        self._commit([request], outcome)
         return request
 
     def _decode(self) -> list[Request]:
@@ -154,7 +154,7 @@ class Engine:
         )
         self._state = outcome.state
         moved = list(self._running)
-        self._commit(moved, outcome, rows=self.method.layout.num_rows)
+        self._commit(moved, outcome)
         return moved
 
     def _sampling_of(self, requests: list[Request]) -> Sampling:
@@ -167,14 +167,14 @@ class Engine:
             self.device,
         )
 
-    def _commit(self, requests: list[Request], outcome: Outcome, rows: int) -> None:
+    def _commit(self, requests: list[Request], outcome: Outcome) -> None:
         """Give every request its new tokens, up to the one that ends it."""
         tokens = outcome.tokens_BN.tolist()
         accepted = outcome.verdict.accepted_B.tolist()
         drafted = outcome.drafted_B.tolist()
         overlap = outcome.verdict.overlap_BM.tolist()
         for row, request in enumerate(requests):
-            request.stats.forward(drafted[row], accepted[row], overlap[row], rows)
+            request.stats.forward(drafted[row], accepted[row], overlap[row], outcome.rows)
             logprobs = self._logprobs(request, outcome, row, accepted[row] + 1)
             for place in range(accepted[row] + 1):
                 if place < accepted[row]:
