@@ -64,7 +64,8 @@ def adapter(decoder: Decoder) -> Adapter:
 
 
 def make_config(**changes: object) -> ConvertConfig:
-    values = {"block_size": M, "batch": 2, "length": 64, "anchors": 6, "steps": 1, "rank": 4}
+    values: dict[str, object] = {"block_size": M, "batch": 2, "length": 64, "anchors": 6}
+    values |= {"steps": 1, "rank": 4, "tv_weight": 0.0, "survival": False}
     return ConvertConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
@@ -148,7 +149,6 @@ def test_blocks_do_not_see_the_future(decoder: Decoder, adapter: Adapter) -> Non
         batch.documents_BT,
         batch.anchors_BA,
         batch.places_BA,
-        batch.temperatures_BA,
     )
     before, after = (
         objective._masks(b, objective._clean(b)[1]).unflatten(1, (-1, M)) for b in (batch, changed)

@@ -18,9 +18,7 @@ from idlm.training.trainer import CHECKPOINT_FILE, Trainer
 from tests.training.test_trainer import CONFIG, losses
 
 # More processes than accumulation would give, and steps enough for a difference to grow.
-SETTINGS = CONFIG.with_(
-    steps=12, log_every=1, accumulate=2, coldest=0.5, survival=True, visits=True
-)
+SETTINGS = CONFIG.with_(steps=12, log_every=1, accumulate=2, survival=True, visits=True)
 
 
 def train(model: Path, data: Path, out: Path, parallel: Parallel) -> None:

@@ -44,11 +44,11 @@ def _card(folder: Path, trainer: Trainer, report: Report, command: str) -> str:
         f"| steps | {progress.step} of {c.batch} rows x {c.length} tokens, "
         f"{c.batch * c.anchors} blocks of {c.block_size} masks each |",
         f"| training time | {progress.seconds / 60:.1f} min, and {progress.startup:.0f} s for "
-        "the first step |",
+        f"the first step; {trainer.parallel.world} processes |",
         f"| objective | KL to the base model, total variation x {c.tv_weight}, place decay "
         f"{c.place_decay}, survival weights {'on' if c.survival else 'off'}, visit weights "
         f"{'on' if c.visits else 'off'}, head-free loss x "
-        f"{c.marginal_weight}, at temperatures from {c.coldest} |",
+        f"{c.marginal_weight} |",
         f"| LoRA | rank {c.rank}, alpha {c.alpha}, on {', '.join(c.projections)} |",
         f"| sampler head | {c.head_depth} x width {c.head_width} |",
         f"| trained parameters | {report.parameters / 1e6:.2f}M |",

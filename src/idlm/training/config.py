@@ -37,8 +37,6 @@ class ConvertConfig:
         clip: largest norm of the gradient of the LoRA, the mask embedding and the head each.
         ema: decay of the weights' moving average, which is what is saved; 0: off.
         tv_weight: weight of the total-variation term beside the KL divergence.
-        coldest: the divergence is measured at the temperature that the document was sampled at,
-            but at no lower one than this; 1: at temperature 1 throughout.
         place_decay: weight of place ``j`` of a block is ``place_decay ** (j - 1)``.
         survival: weigh a place by the chance that the places before it are accepted.
         visits: weigh a block by the chance that a forward starts there when decoding, which is
@@ -55,8 +53,8 @@ class ConvertConfig:
     rank: int = 24
     alpha: float = 48.0
     projections: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
-    head_width: int = 1024
-    head_depth: int = 1
+    head_width: int = 960
+    head_depth: int = 2
     block_size: int = 7
     batch: int = 32
     length: int = 1024
@@ -64,16 +62,15 @@ class ConvertConfig:
     accumulate: int = 1
     steps: int | None = None
     minutes: float | None = None
-    lr: float = 1e-3
-    head_lr: float = 5e-4
+    lr: float = 3e-3
+    head_lr: float = 1e-3
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip: float = 1.0
     ema: float = 0.0
-    tv_weight: float = 0.0
-    coldest: float = 1.0
+    tv_weight: float = 4.0
     place_decay: float = 1.0
-    survival: bool = False
+    survival: bool = True
     visits: bool = False
     marginal_weight: float = 0.1
     log_every: int = 20
@@ -105,7 +102,6 @@ class ConvertConfig:
                 "eval_rows",
                 "save_every",
                 "place_decay",
-                "coldest",
             ),
         )
         for name in positive:

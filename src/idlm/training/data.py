@@ -180,7 +180,6 @@ class Batch:
             one document of its own.
         anchors_BA: index of the anchor in the row, ascending, int64.
         places_BA: places of the anchor's block that have a target, int64; 0: unused anchor.
-        temperatures_BA: that the anchor's document was sampled at, fp32.
     """
 
     tokens_BT: torch.Tensor
@@ -188,7 +187,6 @@ class Batch:
     documents_BT: torch.Tensor
     anchors_BA: torch.Tensor
     places_BA: torch.Tensor
-    temperatures_BA: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``, copied without waiting."""
@@ -268,7 +266,7 @@ class Loader:
     def _row(self, documents: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
         corpus, T = self.corpus, self.length
         tokens, positions, starts = np.zeros((3, T), np.int64)
-        candidates, ends, temperatures = [], [], []
+        candidates, ends = [], []
         at = 0
         for document in documents:
             begin, end = corpus.offsets[document : document + 2]
@@ -280,7 +278,6 @@ class Loader:
                 span = np.arange(at + first - 1, at + last - 2)
                 candidates.append(span)
                 ends.append(np.full(len(span), at + last))
-                temperatures.append(np.full(len(span), corpus.temperatures[document]))
             at += n
         starts[at:] = at
         candidate, end = np.concatenate(candidates), np.concatenate(ends)
@@ -292,9 +289,7 @@ class Loader:
         places[: len(chosen)] = np.minimum(
             end[chosen] - 2 - anchors[: len(chosen)], self.block_size
         )
-        temperature = np.ones(self.anchors, np.float32)
-        temperature[: len(chosen)] = np.concatenate(temperatures)[chosen]
-        return [tokens, positions, starts, anchors, places, temperature]
+        return [tokens, positions, starts, anchors, places]
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int]]:

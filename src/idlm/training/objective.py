@@ -73,15 +73,8 @@ class Objective:
         tokens_NMH = self.decoder.embed(batch.tokens_BT.gather(1, index_BP)).view(h_NMH.shape)
         states_NMH = unroll(self.adapter.head, h_NMH, tokens_NMH)
 
-        # Logits are linear in the hidden states, so these carry the temperature.
-        sharpness_P1 = 1.0 / batch.temperatures_BA.clamp(min=c.coldest, max=1.0)
-        sharpness_P1 = (
-            sharpness_P1.to(self.dtype).flatten().repeat_interleave(c.block_size)[:, None]
-        )
-        teacher_PH = teacher_PH * sharpness_P1
         weight_VH = self.decoder.output_weight
-        student_PH = (h_NMH + states_NMH).flatten(0, 1) * sharpness_P1
-        chain = divergence(student_PH, teacher_PH, weight_VH, c.tv_weight)
+        chain = divergence((h_NMH + states_NMH).flatten(0, 1), teacher_PH, weight_VH, c.tv_weight)
         shape = (*batch.anchors_BA.shape, c.block_size)
         valid_BAM = self._valid(batch)
         weights_BAM = valid_BAM * self._decay(valid_BAM.device)
@@ -94,7 +87,7 @@ class Objective:
         if c.marginal_weight and torch.is_grad_enabled():
             every = (slice(None), slice(None, None, MARGINAL_STRIDE))
             marginal = divergence(
-                (h_NMH.flatten(0, 1) * sharpness_P1).unflatten(0, shape)[every].flatten(0, 2),
+                h_NMH.unflatten(0, shape[:2])[every].flatten(0, 2),
                 teacher_PH.unflatten(0, shape)[every].flatten(0, 2),
                 weight_VH,
                 c.tv_weight,
