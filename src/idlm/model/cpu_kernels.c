@@ -1,5 +1,7 @@
 /* CPU kernels of the decode hot path: linear layers, attention and the small operators between.
  *
+ * idlm_stack runs all layers of a decoder, idlm_greedy_chain a sampler head; the others are parts.
+ *
  * Every kernel is row-invariant: a row's result is bitwise the same whatever else is in the call,
  * because one (row, output) pair is always reduced by one vector accumulator, in index order, and
  * then by one fixed tree. Blocking over rows, outputs and threads only chooses what is computed
@@ -1074,7 +1076,7 @@ typedef struct {
 INLINE void top_task(const Top *a, int64_t row, bool half) {
     int16_t *key = scratch((size_t)(a->n + KEYS) * 2);
     order_keys(a->x + row * a->x_row * (half ? 2 : 4), half, a->n, key);
-    int low = INT16_MIN - 1, high = INT16_MAX; /* more than k keys are above low, or all; not so high */
+    int low = INT16_MIN - 1, high = INT16_MAX; /* at most k keys are above `high` */
     while (high - low > 1) {
         const int middle = low + (high - low) / 2;
         if (count_above(key, a->n, middle) > a->k)
