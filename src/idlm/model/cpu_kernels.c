@@ -1260,8 +1260,8 @@ EXPORT bool idlm_greedy_chain(const Chain *c) {
         }
         for (int64_t b = 0; b < B; b++) {
             const int64_t at = (b * M + j) * K;
-            add_rows(c->half, (const char *)c->h + (b * M + j) * H * size, state + b * H * size, row,
-                     H);
+            const char *h = (const char *)c->h + (b * M + j) * H * size;
+            add_rows(c->half, h, state + b * H * size, row, H);
             idlm_score((int)c->half, row, c->output, c->ids + at, scores, 1, c->vocabulary, K, H,
                        c->threads);
             int64_t best;
