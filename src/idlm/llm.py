@@ -112,6 +112,8 @@ class LLM:
                 )
             rows = Layout.named("ar", 1)
         decoder = checkpoint.load_decoder(folder, device=self.device, dtype=self.dtype)
+        if loaded is not None:
+            loaded.share_embedding(decoder.embed.weight)
         self.tokenizer = Tokenizer.load(folder)
         self._max_batch = max_batch
         self._method = Method(decoder, loaded, rows, verification)

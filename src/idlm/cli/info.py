@@ -56,10 +56,10 @@ def describe(path: str | None) -> dict[str, Any]:
     """
     from idlm.llm import DEFAULT_ADAPTER
     from idlm.model import checkpoint
-    from idlm.model.adapter import CONFIG_FILE
+    from idlm.model.adapter import is_adapter
 
     folder = checkpoint.resolve(path)
-    if (folder / CONFIG_FILE).exists():
+    if is_adapter(folder):
         return _adapter(folder)
     facts = _model(folder)
     if path is None:

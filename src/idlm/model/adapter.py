@@ -6,8 +6,8 @@ All three act on mask rows only. PEFT's file format for the LoRA; safetensors th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from idlm.errors import AdapterMismatchError, CheckpointError
 from idlm.model import cpu_kernels
 from idlm.model.config import ModelConfig
 from idlm.model.files import write_json, write_safetensors
+from idlm.model.peft_config import PEFT_CONFIG_FILE, PeftConfig
 
 # The fused projections of a layer and the modules (names as in transformers and PEFT) they join.
 FUSED_MODULES = {
@@ -34,8 +35,12 @@ MODULE_PARENT = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down":
 CONFIG_FILE = "idlm_config.json"
 HEAD_FILE = "sampler_head.safetensors"
 LORA_FILE = "adapter_model.safetensors"
-PEFT_CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = 1
+# The adapters that the authors of arXiv 2604.11035 published are LoRAs for Qwen3 and nothing else:
+# for stride 4, with masks that are an id which Qwen3 does not use.
+PUBLISHED_BLOCK_SIZE = 3
+PUBLISHED_MASK_TOKEN = 151669
+PUBLISHED_FOR = ("qwen3", "sdar")
 
 
 def module_shapes(config: ModelConfig, fused: str) -> tuple[int, tuple[int, ...]]:
@@ -59,9 +64,9 @@ class AdapterConfig:
         alpha: the update is scaled by ``alpha / rank``.
         projections: fused projections that carry a LoRA (keys of `FUSED_MODULES`).
         block_size: longest mask block seen in training (stride - 1).
-        head_width: inner width of the sampler head's blocks.
-        head_depth: blocks of the sampler head.
-        base_fingerprint: `ModelConfig.fingerprint` of the base model.
+        head_width: inner width of the sampler head's blocks; 0: no head.
+        head_depth: blocks of the sampler head; 0: no head.
+        base_fingerprint: `ModelConfig.fingerprint` of the base model; None: not known.
         base_model: name of the base model, for people.
     """
 
@@ -71,14 +76,17 @@ class AdapterConfig:
     block_size: int
     head_width: int
     head_depth: int
-    base_fingerprint: str
+    base_fingerprint: str | None
     base_model: str
 
     def __post_init__(self) -> None:
-        for name in ("rank", "block_size", "head_width", "head_depth"):
+        least = {"rank": 1, "block_size": 1, "head_width": 0, "head_depth": 0}
+        for name, minimum in least.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}, not a whole number above 0")
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ValueError(f"{name} is {value!r}, not a whole number from {minimum}")
+        if (self.head_width == 0) != (self.head_depth == 0):
+            raise ValueError("of head_width and head_depth only one is 0")
         if unknown := set(self.projections) - FUSED_MODULES.keys():
             raise ValueError(f"projections names {sorted(unknown)}, not only {list(FUSED_MODULES)}")
 
@@ -178,7 +186,13 @@ def _norm(x: torch.Tensor, layer: nn.RMSNorm) -> torch.Tensor:
 
 
 class Adapter(nn.Module):
-    """Gated LoRA, learned mask embedding and sampler head of a converted model."""
+    """Gated LoRA, learned mask embedding and sampler head of a converted model.
+
+    Attributes:
+        head: None: a place's logits are those of its mask row alone.
+        mask_token_id: the token of the base model whose embedding masks have (`share_embedding`);
+            None: they have one of their own.
+    """
 
     def __init__(self, config: AdapterConfig, base: ModelConfig) -> None:
         super().__init__()
@@ -194,9 +208,12 @@ class Adapter(nn.Module):
             for _ in range(base.num_layers)
         )
         self.mask_embedding = nn.Parameter(torch.randn(base.hidden_size) * 0.02)
-        self.head = SamplerHead(
-            base.hidden_size, config.head_width, config.head_depth, base.rms_norm_eps
-        )
+        self.mask_token_id: int | None = None
+        self.head: SamplerHead | None = None
+        if config.head_width:
+            self.head = SamplerHead(
+                base.hidden_size, config.head_width, config.head_depth, base.rms_norm_eps
+            )
 
     def layer(self, index: int) -> dict[str, LoraLinear]:
         """The LoRAs of one decoder layer by fused projection."""
@@ -215,26 +232,21 @@ class Adapter(nn.Module):
                 module.freeze()
         return self.eval()
 
+    def share_embedding(self, embed_VH: torch.Tensor) -> Adapter:
+        """Take the mask embedding from the base model's, if it is one of its. Returns self."""
+        if self.mask_token_id is not None:
+            self.mask_embedding.data.copy_(embed_VH[self.mask_token_id])
+        return self
+
     def save(self, folder: Path) -> None:
         """Write PEFT's two files, the sampler head and `idlm_config.json` into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
+        c = self.config
         write_safetensors(folder / LORA_FILE, dict(self._peft_tensors()))
-        head = {f"head.{k}": v for k, v in self.head.state_dict().items()}
-        write_safetensors(folder / HEAD_FILE, {"mask_embedding": self.mask_embedding, **head})
-        modules = [m for fused in self.config.projections for m in FUSED_MODULES[fused]]
-        peft = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.config.base_model,
-            "r": self.config.rank,
-            "lora_alpha": self.config.alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "target_modules": modules,
-            "inference_mode": True,
-        }
-        write_json(folder / PEFT_CONFIG_FILE, peft)
-        write_json(folder / CONFIG_FILE, {"format": FORMAT_VERSION, **asdict(self.config)})
+        write_safetensors(folder / HEAD_FILE, dict(self._head_tensors()))
+        modules = [module for fused in c.projections for module in FUSED_MODULES[fused]]
+        PeftConfig(c.rank, c.alpha, c.base_model).write(folder, modules)
+        write_json(folder / CONFIG_FILE, {"format": FORMAT_VERSION, **asdict(c)})
 
     @classmethod
     def load(
@@ -242,19 +254,30 @@ class Adapter(nn.Module):
     ) -> Adapter:
         """Read an adapter that belongs to ``base``, frozen for inference.
 
+        A folder of PEFT without our files is a LoRA alone; its masks have the embedding of the
+        base model's mask token, which `share_embedding` fetches.
+
         Raises:
             CheckpointError: a file is missing or damaged.
             AdapterMismatchError: made for another base model, or shapes differ.
+            UnsupportedModelError: a PEFT adapter that is no plain LoRA.
         """
         config = load_adapter_config(folder)
-        if config.base_fingerprint != base.fingerprint():
+        if config.base_fingerprint not in (None, base.fingerprint()):
             raise AdapterMismatchError(
                 f"The adapter in {folder} was made for another base model ({config.base_model}, "
                 f"fingerprint {config.base_fingerprint[:12]}, not {base.fingerprint()[:12]}); "
                 "use it with that model, or convert this one."
             )
-        adapter = cls(config, base)
-        adapter._fill(_read(folder / LORA_FILE), _read(folder / HEAD_FILE), folder)
+        adapter = cls(replace(config, base_fingerprint=base.fingerprint()), base)
+        given, own = _read(folder / LORA_FILE), dict(adapter._peft_tensors())
+        if _is_lora_alone(folder):
+            adapter.mask_token_id = _mask_token(base, folder)
+            # PEFT may leave out layers, or some of the modules that are one projection here.
+            _fill(own, _zeros(own, given) | given, folder)
+        else:
+            own |= adapter._head_tensors()
+            _fill(own, given | _read(folder / HEAD_FILE), folder)
         return adapter.to(device=device, dtype=dtype).freeze()
 
     def _peft_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -266,34 +289,26 @@ class Adapter(nn.Module):
                     yield f"{name}.lora_A.weight", A
                     yield f"{name}.lora_B.weight", B
 
-    @torch.no_grad()
-    def _fill(
-        self, lora: dict[str, torch.Tensor], head: dict[str, torch.Tensor], folder: Path
-    ) -> None:
-        own = dict(self._peft_tensors())
-        own["mask_embedding"] = self.mask_embedding
-        own |= {f"head.{k}": v for k, v in self.head.named_parameters()}
-        given = {**lora, **head}
-        if unknown := sorted(own.keys() ^ given.keys()):
-            raise AdapterMismatchError(
-                f"The tensors in {folder} are not those its config names: {unknown[0]!r} and "
-                f"{len(unknown) - 1} more are missing or unexpected; convert again."
-            )
-        for name, tensor in own.items():
-            if tensor.shape != given[name].shape:
-                raise AdapterMismatchError(
-                    f"{name} in {folder} has shape {tuple(given[name].shape)}, the base model "
-                    f"needs {tuple(tensor.shape)}; use the model the adapter was made for."
-                )
-            tensor.copy_(given[name])
+    def _head_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "mask_embedding", self.mask_embedding
+        if self.head is not None:
+            yield from ((f"head.{name}", tensor) for name, tensor in self.head.named_parameters())
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether ``folder`` holds an adapter, ours or a LoRA of PEFT."""
+    return (folder / CONFIG_FILE).exists() or (folder / PEFT_CONFIG_FILE).exists()
 
 
 def load_adapter_config(folder: Path) -> AdapterConfig:
-    """Read `idlm_config.json`.
+    """Read `idlm_config.json`, or `adapter_config.json` where PEFT's files are all there is.
 
     Raises:
         CheckpointError: the file is missing or damaged, or of a newer format.
+        UnsupportedModelError: a PEFT adapter that is no plain LoRA.
     """
+    if _is_lora_alone(folder):
+        return _published_config(folder)
     try:
         fields: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
         version = fields.pop("format")
@@ -309,6 +324,69 @@ def load_adapter_config(folder: Path) -> AdapterConfig:
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is damaged ({error}).") from error
+
+
+def _is_lora_alone(folder: Path) -> bool:
+    ours = (folder / CONFIG_FILE).exists() or (folder / HEAD_FILE).exists()
+    return (folder / PEFT_CONFIG_FILE).exists() and not ours
+
+
+def _published_config(folder: Path) -> AdapterConfig:
+    """What PEFT's files say; the projections are those that have a module in the weights."""
+    peft = PeftConfig.read(folder)
+    parts = [name.split(".") for name in _read(folder / LORA_FILE)]
+    modules = {part[-3] for part in parts if len(part) > 3}
+    return AdapterConfig(
+        rank=peft.rank,
+        alpha=peft.alpha,
+        projections=tuple(f for f, names in FUSED_MODULES.items() if modules.intersection(names)),
+        block_size=PUBLISHED_BLOCK_SIZE,
+        head_width=0,
+        head_depth=0,
+        base_fingerprint=None,
+        base_model=peft.base_model,
+    )
+
+
+def _zeros(
+    own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Updates by nothing, for the modules of ``own`` that have no LoRA in ``given``."""
+    there = {_module(name) for name in given}
+    return {name: torch.zeros_like(t) for name, t in own.items() if _module(name) not in there}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".lora_")[0]
+
+
+@torch.no_grad()
+def _fill(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Copy the tensors ``given`` in ``folder`` into those that an adapter has."""
+    if unknown := sorted(own.keys() ^ given.keys()):
+        raise AdapterMismatchError(
+            f"The tensors in {folder} are not those its config names: {unknown[0]!r} and "
+            f"{len(unknown) - 1} more are missing or unexpected; fetch or convert it again."
+        )
+    for name, tensor in own.items():
+        if tensor.shape != given[name].shape:
+            raise AdapterMismatchError(
+                f"{name} in {folder} has shape {tuple(given[name].shape)}, the base model "
+                f"needs {tuple(tensor.shape)}; use the model the adapter was made for."
+            )
+        tensor.copy_(given[name])
+
+
+def _mask_token(base: ModelConfig, folder: Path) -> int:
+    """The mask token of a base model whose adapter brings no mask embedding."""
+    if base.mask_token_id is not None:
+        return base.mask_token_id
+    if base.model_type in PUBLISHED_FOR and base.vocab_size > PUBLISHED_MASK_TOKEN:
+        return PUBLISHED_MASK_TOKEN
+    raise AdapterMismatchError(
+        f"The adapter in {folder} brings no mask embedding ({CONFIG_FILE} is missing), and the "
+        "base model has no mask token; add mask_token_id to its config.json, or convert it."
+    )
 
 
 def _peft_name(layer: int, fused: str, module: str) -> str:

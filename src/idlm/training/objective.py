@@ -71,6 +71,7 @@ class Objective:
         rows_B1 = torch.arange(index_BP.shape[0], device=index_BP.device)[:, None]
         teacher_PH = hidden_BTH[rows_B1, index_BP].flatten(0, 1)
         tokens_NMH = self.decoder.embed(batch.tokens_BT.gather(1, index_BP)).view(h_NMH.shape)
+        assert self.adapter.head is not None, "training always adds a head"
         states_NMH = unroll(self.adapter.head, h_NMH, tokens_NMH)
 
         weight_VH = self.decoder.output_weight
