@@ -53,6 +53,25 @@ def test_convert_from_data(model_dir: Path, data_dir: Path, tmp_path: Path) -> N
     assert [r["step"] for r in records if "loss" in r] == [2, 4]
 
 
+def test_convert_from_conversations(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "chat.jsonl", tmp_path / "out"
+    turns = [("user", "Why {}?"), ("assistant", "The fox number {} jumps over the dog.")]
+    path.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": r, "content": t.format(i)} for r, t in turns]}) + "\n"
+            for i in range(30)
+        )
+    )
+    run("convert", str(model_dir), "-o", str(out), "--data", str(path), *CONVERT, "--steps", "1")
+    assert load_adapter_config(out).rank == 4
+    assert "  records: 30\n" in capsys.readouterr().err
+    path.write_text('{"messages": [{"role": "user", "content": "Why?"}]}\n')
+    with pytest.raises(InvalidRequestError, match="can be trained on: dropped: no answer"):
+        run("convert", str(model_dir), "-o", str(out), "--data", str(path), "--steps", "1")
+
+
 def test_convert_synthesises_first(model_dir: Path, tmp_path: Path) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text("steps: 9\nseed: 3\n")

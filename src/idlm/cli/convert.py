@@ -20,6 +20,7 @@ from idlm.training.config import ConvertConfig
 
 if TYPE_CHECKING:
     from idlm.model.decoder import Decoder
+    from idlm.model.tokenizer import Tokenizer
     from idlm.training.parallel import Parallel
 
 DATA_FOLDER = "data"
@@ -41,8 +42,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--data",
         type=Path,
-        metavar="DIR",
-        help=f"shards of `idlm synthesize` (default: synthesise into OUT/{DATA_FOLDER} first)",
+        metavar="DATA",
+        help="shards of `idlm synthesize`, or a file or folder of .jsonl, .parquet, .arrow (with "
+        "'messages' or 'text') or .txt (default: synthesise into "
+        f"OUT/{DATA_FOLDER} first)",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as YAML")
     parser.add_argument("--name", help="name of the base model for the card (default: MODEL)")
@@ -69,24 +72,35 @@ def run(args: argparse.Namespace) -> None:
         if args.data is None:
             args.data = args.output / DATA_FOLDER
             synthesize(decoder, tokenizer, args.data, synthesis, parallel)
-        train(args, config, decoder, parallel)
+        train(args, config, decoder, tokenizer, parallel)
 
 
 def train(
-    args: argparse.Namespace, config: ConvertConfig, decoder: Decoder, parallel: Parallel
+    args: argparse.Namespace,
+    config: ConvertConfig,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    parallel: Parallel,
 ) -> None:
     """Train on ``args.data`` and write the adapter.
 
     Raises:
         KeyboardInterrupt: it was stopped; the same command continues.
     """
+    from rich.console import Console
+
     from idlm.training.card import write_card
-    from idlm.training.data import Corpus
-    from idlm.training.synthesis import HELDOUT, TRAIN
+    from idlm.training.corpus_reader import read_corpus
+    from idlm.training.progress import report_counts
     from idlm.training.trainer import Trainer
 
     parallel.wait()  # all have written their data
-    documents, heldout = Corpus.read(args.data, TRAIN), Corpus.read(args.data, HELDOUT)
+    documents, heldout, counts = read_corpus(
+        args.data, tokenizer, length=config.length, vocab_size=decoder.config.vocab_size
+    )
+    if parallel.main:
+        print(f"data from {args.data}", file=sys.stderr)
+        report_counts(counts, Console(stderr=True))
     trainer = Trainer(decoder, documents, heldout, config, args.output, args.name, parallel)
     if trainer.resume() and parallel.main:
         print(f"continuing at step {trainer.progress.step}", file=sys.stderr)

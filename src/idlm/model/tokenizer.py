@@ -75,14 +75,16 @@ class Tokenizer:
             InvalidRequestError: the text has lone surrogates (it was read from bytes that are
                 not UTF-8).
         """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"The text is not valid Unicode (character {error.start} is half of a pair or a "
-                "byte that is not UTF-8); convert the input to UTF-8."
-            ) from error
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._encode(text, add_special_tokens).ids)
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of ``text``, unframed, and for each the index of the character it ends before.
+
+        Raises:
+            InvalidRequestError: as `encode`.
+        """
+        encoding = self._encode(text, add_special_tokens=False)
+        return list(encoding.ids), [end for _, end in encoding.offsets]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, unknown ids nothing."""
@@ -105,12 +107,18 @@ class Tokenizer:
         Raises:
             InvalidRequestError: the model has no chat template, or it rejects the conversation.
         """
+        text = self.render_chat(messages, add_generation_prompt)
+        return self.encode(text, add_special_tokens=False)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation; arguments and errors as `apply_chat_template`."""
         if self._template is None:
             raise InvalidRequestError(
                 "The model has no chat template; give a plain prompt, or use an instruct model."
             )
-        text = self._template.render(messages, add_generation_prompt)
-        return self.encode(text, add_special_tokens=False)
+        return self._template.render(messages, add_generation_prompt)
 
     def token_text(self, token_id: int) -> str:
         """Text of one token within a text, special tokens included."""
@@ -135,6 +143,16 @@ class Tokenizer:
         """Text of ``ids`` where other text stands before them, special tokens included."""
         anchor_id, anchor = self._anchor
         return self.decode([anchor_id, *ids], skip_special_tokens=False)[len(anchor) :]
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"The text is not valid Unicode (character {error.start} is half of a pair or a "
+                "byte that is not UTF-8); convert the input to UTF-8."
+            ) from error
+        return self.backend.encode(text, add_special_tokens=add_special_tokens)
 
     @cached_property
     def _anchor(self) -> tuple[int, str]:

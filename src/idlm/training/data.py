@@ -21,11 +21,24 @@ from idlm.errors import InvalidRequestError, ResourceError
 from idlm.model.files import replacing
 from idlm.training.parallel import ALONE, Parallel
 
+TRAIN, HELDOUT = "train", "heldout"
+SPLITS = (TRAIN, HELDOUT)
+# Of documents that come without a part of their own to be held out.
+HELDOUT_SHARE = 0.01
+
+# Shorter answers have no place with a target.
+MIN_ANSWER = 3
+
 # Rows still open for another document while packing; more pack tighter and take longer.
 OPEN_ROWS = 512
 
 
-def _pyarrow() -> Any:
+def import_pyarrow() -> Any:
+    """The library, which only training needs.
+
+    Raises:
+        ResourceError: it is not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -56,7 +69,7 @@ class Document:
 
 def write_shard(path: Path, documents: Iterable[Document]) -> None:
     """Write documents as one parquet file (zstd), atomically."""
-    pa = _pyarrow()
+    pa = import_pyarrow()
     rows = list(documents)
     table = pa.table(
         {
@@ -91,13 +104,29 @@ class Corpus:
     temperatures: np.ndarray
 
     @classmethod
+    def of(cls, documents: Iterable[Document]) -> Corpus:
+        """Documents that come one by one."""
+        tokens, spans, temperatures = [], [], []
+        for document in documents:
+            tokens.append(np.asarray(document.token_ids, np.int32))
+            spans.append(np.asarray(document.answers, np.int64).reshape(-1, 2))
+            temperatures.append(document.temperature)
+        return cls(
+            np.concatenate([np.zeros(0, np.int32), *tokens]),
+            np.cumsum([0, *map(len, tokens)]),
+            np.concatenate([np.zeros((0, 2), np.int64), *spans]),
+            np.cumsum([0, *map(len, spans)]),
+            np.array(temperatures, np.float32),
+        )
+
+    @classmethod
     def read(cls, folder: Path, split: str) -> Corpus:
         """All shards ``<split>-*.parquet`` of a folder.
 
         Raises:
             InvalidRequestError: no shard, a damaged one, or spans outside their document.
         """
-        pa = _pyarrow()
+        pa = import_pyarrow()
         paths = sorted(folder.glob(f"{split}-*.parquet"))
         if not paths:
             raise InvalidRequestError(
@@ -121,7 +150,7 @@ class Corpus:
             span_offsets // 2,
             temperatures,
         )
-        corpus._check(folder)
+        corpus.check(folder)
         return corpus
 
     def __len__(self) -> int:
@@ -155,17 +184,22 @@ class Corpus:
         """``[n, 2]`` answer spans of a document."""
         return self.spans[self.span_offsets[index] : self.span_offsets[index + 1]]
 
-    def _check(self, folder: Path) -> None:
+    def check(self, path: Path) -> None:
+        """Refuse documents (from ``path``) that nothing can be trained on.
+
+        Raises:
+            InvalidRequestError: spans outside their document, or no answer of `MIN_ANSWER` tokens.
+        """
         ends = np.repeat(self.lengths, np.diff(self.span_offsets))
         starts = self.spans[:, 0]
         if (starts < 1).any() or (self.spans[:, 1] > ends).any():
             raise InvalidRequestError(
-                f"An answer span in {folder} lies outside its document; make the data again."
+                f"An answer span in {path} lies outside its document; make the data again."
             )
-        if len(self.spans) == 0 or (self.spans[:, 1] - starts).max() < 3:
+        if len(self.spans) == 0 or (self.spans[:, 1] - starts).max() < MIN_ANSWER:
             raise InvalidRequestError(
-                f"No document in {folder} has an answer of 3 tokens or more, so there is nothing "
-                "to train on; give data with answer spans."
+                f"No document in {path} has an answer of {MIN_ANSWER} tokens or more, so there is "
+                "nothing to train on; give data with longer answers."
             )
 
 

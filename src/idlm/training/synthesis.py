@@ -17,7 +17,16 @@ import numpy as np
 from idlm.errors import InvalidRequestError
 from idlm.model.decoder import Decoder
 from idlm.model.tokenizer import Tokenizer
-from idlm.training.data import Corpus, Document, write_shard
+from idlm.training.data import (
+    HELDOUT,
+    HELDOUT_SHARE,
+    MIN_ANSWER,
+    SPLITS,
+    TRAIN,
+    Corpus,
+    Document,
+    write_shard,
+)
 from idlm.training.parallel import ALONE, Parallel
 from idlm.training.sampler import BatchSampler, Limits, Script
 from idlm.training.seeds import OPENERS, SYSTEM_PROMPTS, TEXT_SEEDS, TOPIC_OPENERS
@@ -32,15 +41,11 @@ TWO_TURN_SHARE = 0.2
 USER_TEMPERATURES = (0.8, 1.0)
 # Temperatures of the answers and their shares.
 TEMPERATURES = ((0.0, 0.45), (0.7, 0.2), (1.0, 0.35))
-HELDOUT_SHARE = 0.01
 # An answer is a loop if more than this share of its 8-grams has occurred before in it.
 LOOP_NGRAM = 8
 LOOP_SHARE = 0.5
 # Odd constants that turn an 8-gram into one number (mod 2**64).
 GRAM_KEYS = np.random.default_rng(0).integers(1, 2**62, LOOP_NGRAM) * 2 + 1
-MIN_ANSWER = 3
-TRAIN, HELDOUT = "train", "heldout"
-SPLITS = (TRAIN, HELDOUT)
 SHARD_TOKENS = 4_000_000
 SECONDS_PER_REPORT = 10.0
 

@@ -1,0 +1,199 @@
+"""Records of a data set as they stand in files: conversations and plain texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from idlm.errors import InvalidRequestError
+from idlm.training.data import HELDOUT, TRAIN, import_pyarrow
+
+# A list of messages, or a text.
+Record = list[dict[str, Any]] | str
+
+COLUMNS = ("messages", "text")
+# Names that data sets give to documents that are not trained on, in the order of preference.
+HELDOUT_NAMES = (HELDOUT, "validation", "valid", "val", "dev", "test", "eval")
+# What Hugging Face `datasets` writes beside its arrow files.
+STATE_FILE = "state.json"
+ARROW_FILE_MAGIC = b"ARROW1"
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of a data set.
+
+    Attributes:
+        train, heldout: to be trained on and to be held out; ``heldout`` is empty if the data set
+            has no such part.
+        unused: names of further parts, and of files in other formats.
+    """
+
+    train: Sequence[Path]
+    heldout: Sequence[Path]
+    unused: Sequence[str]
+
+    @classmethod
+    def find(cls, path: Path) -> DataFiles:
+        """The files at ``path``: one file, or all below a folder.
+
+        The part that a file belongs to is the name of its folder or the first word of its own
+        name, if that is ``train`` or one of `HELDOUT_NAMES`.
+
+        Raises:
+            InvalidRequestError: nothing is there, or nothing that can be read.
+        """
+        if path.is_file():
+            if path.suffix not in READERS:
+                raise _unknown(path)
+            return cls([path], [], [])
+        if not path.is_dir():
+            raise InvalidRequestError(f"There is no data at {path}; give a file or a folder.")
+        by_format = {suffix: _of_format(path, suffix) for suffix in READERS}
+        chosen = next((suffix for suffix, files in by_format.items() if files), None)
+        if chosen is None:
+            raise _unknown(path)
+        others = [p.name for s, files in by_format.items() if s != chosen for p in files]
+        parts: dict[str, list[Path]] = {}
+        for file in by_format[chosen]:
+            parts.setdefault(_part(file, path), []).append(file)
+        if set(parts) == {""}:
+            return cls(parts[""], [], others)
+        if TRAIN not in parts:
+            raise InvalidRequestError(
+                f"{path} has the parts {_names(parts)} and none named {TRAIN!r}; give one of its "
+                f"folders or files, or name one {TRAIN}."
+            )
+        heldout = next((name for name in HELDOUT_NAMES if name in parts), TRAIN)
+        unused = parts.keys() - {TRAIN, heldout}
+        return cls(
+            parts[TRAIN],
+            parts[heldout] if heldout != TRAIN else [],
+            [*(_names(unused).split(", ") if unused else []), *others],
+        )
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of one file.
+
+    Raises:
+        InvalidRequestError: it is damaged, or has neither ``messages`` nor ``text``.
+    """
+    try:
+        yield from READERS[path.suffix](path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors too
+        if isinstance(error, InvalidRequestError):
+            raise
+        raise InvalidRequestError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); give a whole file in UTF-8 "
+            "or of the format that its name says."
+        ) from error
+
+
+def _text(path: Path) -> Iterator[Record]:
+    yield path.read_text(encoding="utf-8")
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except ValueError as error:
+                raise InvalidRequestError(
+                    f"Line {number} of {path} is not JSON ({error}); give one object a line."
+                ) from error
+            if not isinstance(fields, dict):
+                raise InvalidRequestError(
+                    f"Line {number} of {path} is not a JSON object; write it as "
+                    '{"messages": [...]} or {"text": "..."}.'
+                )
+            yield fields[_column(fields, f"Line {number} of {path}")]
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    pa = import_pyarrow()
+    with pa.parquet.ParquetFile(path) as file:
+        column = _column(file.schema_arrow.names, str(path))
+        for batch in file.iter_batches(columns=[column]):
+            yield from batch.column(column).to_pylist()
+
+
+def _arrow(path: Path) -> Iterator[Record]:
+    pa = import_pyarrow()
+    with pa.memory_map(str(path)) as file:
+        if path.open("rb").read(len(ARROW_FILE_MAGIC)) == ARROW_FILE_MAGIC:
+            reader = pa.ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            reader = batches = pa.ipc.open_stream(file)  # what `datasets` writes
+        column = _column(reader.schema.names, str(path))
+        for batch in batches:
+            yield from batch.column(column).to_pylist()
+
+
+# By the end of the name; in a folder the first format that occurs is read.
+READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".arrow": _arrow,
+    ".parquet": _parquet,
+    ".jsonl": _json_lines,
+    ".txt": _text,
+}
+
+
+def _of_format(folder: Path, suffix: str) -> list[Path]:
+    """Files of one format below ``folder``, without hidden and temporary ones."""
+    files = []
+    for path in sorted(folder.rglob(f"*{suffix}")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path.name in _listed(path):
+            files.append(path)
+    return files
+
+
+def _listed(path: Path) -> set[str]:
+    """Names of the data files in the folder of ``path``; others there are caches."""
+    state = path.parent / STATE_FILE
+    if path.suffix != ".arrow" or not state.exists():
+        return {path.name}
+    try:
+        return {file["filename"] for file in json.loads(state.read_text())["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidRequestError(
+            f"{state} is damaged ({error}); save the data set again."
+        ) from error
+
+
+def _part(file: Path, root: Path) -> str:
+    """``train``, one of `HELDOUT_NAMES`, or nothing."""
+    words = [folder.name for folder in file.relative_to(root).parents]
+    if file.suffix != ".txt":  # there a file is one document, with a name of its own
+        words.insert(0, re.split(r"[-_.]", file.name)[0])
+    return next((word for word in words if word == TRAIN or word in HELDOUT_NAMES), "")
+
+
+def _column(names: Sequence[str] | dict[str, Any], where: str) -> str:
+    for column in COLUMNS:
+        if column in names:
+            return column
+    raise InvalidRequestError(
+        f"{where} has {', '.join(map(repr, names)) or 'no fields'}, and neither 'messages' (a "
+        "conversation) nor 'text'; rename what is to be read."
+    )
+
+
+def _names(parts: Iterable[str]) -> str:
+    return ", ".join(sorted(name or "(unnamed)" for name in parts))
+
+
+def _unknown(path: Path) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{path} is no data that can be read; give shards of `idlm synthesize`, or a file or "
+        f"folder of {', '.join(READERS)}."
+    )
