@@ -1,5 +1,7 @@
 """Errors that a user can act on: one message that names the cause and the remedy."""
 
+import re
+
 
 class IdlmError(Exception):
     """Base of every error that idlm raises on purpose."""
@@ -23,3 +25,8 @@ class InvalidRequestError(IdlmError, ValueError):
 
 class ResourceError(IdlmError):
     """The machine lacks what is needed: memory, disk space, a device, the network."""
+
+
+def first_words(error: IdlmError) -> str:
+    """What an error says, without details and remedy, to count errors of one kind by."""
+    return re.split(r" \(|[.:;]", str(error))[0]

@@ -1,13 +1,15 @@
 """`idlm info` on the default model and on adapters."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from idlm.cli.main import main
-from idlm.model.adapter import FUSED_MODULES, LORA_FILE, load_adapter_config
+from idlm.model.adapter import FUSED_MODULES, LORA_FILE, RESULTS_FILE, load_adapter_config
+from idlm.model.peft_config import PEFT_CONFIG_FILE
 
 
 def info(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -42,6 +44,33 @@ def test_lines_for_people(adapter_folder: Path, capsys: pytest.CaptureFixture[st
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert "o_proj" in lines["modules"].split(", ")
     assert lines["card"].strip() == str(adapter_folder / "README.md")
+
+
+def test_figures(adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(adapter_folder, tmp_path / "adapter")
+    results = {"greedy": [0.9, 0.8125], "tpf": {"T=0 N=4": 2.75, "T=1 N=4": 2.0}}
+    (folder / RESULTS_FILE).write_text(json.dumps(results))
+    assert info(folder, capsys)["results"] == results
+    assert main(["info", str(folder)]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["accepted at T=0"].strip() == "0.900 0.812"
+    assert lines["TPF held-out"].strip() == "T=0 N=4 2.75  T=1 N=4 2.00"
+    (folder / RESULTS_FILE).write_text("[]")
+    assert main(["info", str(folder)]) == 2
+    assert f"{RESULTS_FILE} is damaged" in capsys.readouterr().err
+    (folder / RESULTS_FILE).unlink()
+    assert info(folder, capsys)["results"] is None
+
+
+def test_a_lora_of_others(
+    adapter_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (LORA_FILE, PEFT_CONFIG_FILE):
+        shutil.copy(adapter_folder / name, tmp_path / name)
+    facts = info(tmp_path, capsys)
+    assert facts["kind"] == "adapter" and facts["base_fingerprint"] is None
+    assert facts["modules"] == info(adapter_folder, capsys)["modules"]
+    assert facts["sampler_head_width"] == 0
 
 
 def test_damaged_weights(

@@ -192,9 +192,15 @@ def _config_lacks_a_field(folder: Path) -> str:
     return r"config\.json is damaged: KeyError: 'hidden_size'"
 
 
+def _mask_token_outside(folder: Path) -> str:
+    _edit_json(folder / "config.json", mask_token_id=61)
+    return r"config\.json is damaged: ValueError: mask_token_id 61 is not in the vocabulary"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        _mask_token_outside,
         _missing_tensor,
         _unexpected_tensor,
         _wrong_shape,

@@ -44,6 +44,9 @@ def test_convert_from_data(model_dir: Path, data_dir: Path, tmp_path: Path) -> N
         assert all(t.dtype == torch.bfloat16 for t in load_file(out / name).values())
     card = (out / "README.md").read_text()
     assert "# Adapter for tiny" in card
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["greedy"]) == len(results["sampled"]) == config.block_size
+    assert all(f"{name}: {value:.2f}" in card for name, value in results["tpf"].items())
     assert yaml.safe_load((out / "train_config.yaml").read_text())["steps"] == 4
     records = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [2, 4]
@@ -93,6 +96,20 @@ def test_bad_input_is_refused_before_any_work(model_dir: Path, tmp_path: Path) -
     with pytest.raises(InvalidRequestError, match="--max-answer"):
         run("synthesize", str(model_dir), "-o", str(out), "--max-answer", "900")
     assert not out.exists()
+
+
+def test_synthesize_answers_to_prompts(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "prompts.txt", tmp_path / "out"
+    command = ("synthesize", str(model_dir), "-o", str(out), "--tokens", "600", *SHORT)
+    with pytest.raises(InvalidRequestError, match=r"prompts\.txt cannot be read"):
+        run(*command, "--prompts", str(path))
+    path.write_text("Why?\nTell me about the fox.\n")
+    run(*command, "--prompts", str(path))
+    assert list(out.glob("train-*.parquet"))
+    written = capsys.readouterr().err
+    assert "M tokens (" in written and "k tokens/s" in written and "  documents: " in written
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,7 @@ def test_teacher_and_head_follow_the_geometry(decoder: Decoder, adapter: Adapter
     with torch.no_grad():
         h_MH = decode_time_hidden(decoder, adapter, tokens, b)
         told_MH = decoder.embed(tokens[b + 1 : b + 1 + M])
+        assert adapter.head is not None
         states_MH = unroll(adapter.head, h_MH[None], told_MH[None])[0]
         positions = torch.arange(b + 1 + M)[None]
         clean = decoder(tokens[None, : b + 1 + M], positions, CausalAttention(positions))[0]

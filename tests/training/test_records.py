@@ -131,7 +131,7 @@ def _not_json(path: Path) -> str:
 
 def _a_list(path: Path) -> str:
     path.with_suffix(".jsonl").write_text('["a"]\n')
-    return r"Line 1 of .*\.jsonl is not a JSON object; write it as"
+    return r"Line 1 of .*\.jsonl is not a JSON object; give one a line"
 
 
 def _other_fields(path: Path) -> str:

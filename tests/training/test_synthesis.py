@@ -14,10 +14,17 @@ from idlm.model.attention import CausalAttention
 from idlm.model.checkpoint import load_decoder
 from idlm.model.decoder import Decoder
 from idlm.model.tokenizer import Tokenizer
-from idlm.training.data import Corpus
+from idlm.training.data import Corpus, Document
 from idlm.training.sampler import USER_MIN_P, BatchSampler, Limits, Script, _choose
 from idlm.training.seeds import SYSTEM_PROMPTS
-from idlm.training.synthesis import SynthesisConfig, is_loop, read_document, synthesize
+from idlm.training.synthesis import (
+    Collector,
+    SynthesisConfig,
+    is_loop,
+    read_document,
+    synthesize,
+    user_turns,
+)
 from idlm.training.template import ChatPieces
 from tests.support.tiny import tiny_model
 from tests.training.conftest import LIMITS
@@ -163,6 +170,49 @@ def test_unfinished_user_turn_is_cut_and_truncation_recorded() -> None:
     document = read_document(script, [7, 30, 2, 8, 31, 32], pieces, pieces.stop_ids)
     assert document is not None and document.truncated and document.answers == [(4, 6)]
     assert read_document(script, [7, 30, 31], pieces, pieces.stop_ids) is None
+
+
+def test_later_user_turns_are_looked_at_too(tmp_path: Path) -> None:
+    pieces = ChatPieces(((7,),), to_answer=(2, 8), to_user=(2, 9), stop_ids=frozenset({2}))
+    script = Script((7, 20), False, 1, 1.0, 0.9)
+    answers = [31, 32, 33, 2]
+    for second, reason in (
+        ([40, 41], "documents"),
+        ([40, 5], "dropped: special token in a user turn"),
+        ([], "dropped: empty user turn"),
+    ):
+        ids = [7, 20, 30, 2, 8, *answers, 9, *second, 2, 8, *answers]
+        document = read_document(script, ids, pieces, pieces.stop_ids)
+        assert document is not None and len(document.answers) == 2
+        turns = user_turns(script, document, pieces)
+        assert turns == [[30], second]
+        collector = Collector(tmp_path, frozenset({2, 5, 8, 9}))
+        collector.add(document, turns)
+        assert collector.counts[reason] == 1
+    given = Script((7, 20, 2, 8), True, 0, 1.0, 0.9)
+    document = read_document(given, [7, 20, 2, 8, *answers], pieces, pieces.stop_ids)
+    assert document is not None and user_turns(given, document, pieces) == [[]]
+
+
+def test_answers_to_one_prompt_stay_in_one_split(tmp_path: Path) -> None:
+    collector = Collector(tmp_path, frozenset(), repeat=True)
+    for i in range(3000):
+        answer = [i % 100 + 3, i // 100 + 3, 1, 2]
+        document = Document([7, *answer], [(1, 5)], 1.0, False)
+        collector.add(document, source=str(i % 300))
+        collector.add(document, source=str(i % 300))
+    assert collector.counts["documents"] == collector.counts["dropped: duplicate"] == 3000
+    collector.close()
+    parts = []
+    for split in ("train", "heldout"):
+        corpus = Corpus.read(tmp_path, split)
+        documents = [corpus.document(i).token_ids for i in range(len(corpus))]
+        parts.append({(ids[1] - 3 + 100 * (ids[2] - 3)) % 300 for ids in documents})
+    assert parts[1] and parts[0].isdisjoint(parts[1])
+    # A resumed synthesis knows what is there.
+    again = Collector(tmp_path, frozenset(), repeat=True)
+    again.add(Document([7, 3, 3, 1, 2], [(1, 5)], 1.0, False), source="0")
+    assert again.counts["dropped: duplicate"] == 1
 
 
 def test_documents_must_fit_the_context(decoder: Decoder, model_dir: Path, tmp_path: Path) -> None:

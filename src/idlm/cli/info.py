@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
         for name, value in part.items():
             if not isinstance(value, dict):
                 print(f"{name.replace('_', ' '):<20}{_readable(value)}")
+        for title, line in _figures(part.get("results") or {}):
+            print(f"{title:<20}{line}")
         if part is facts and facts.get("adapter"):
             print()
 
@@ -90,7 +93,7 @@ def _model(folder: Path) -> dict[str, Any]:
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
-    from idlm.model.adapter import FUSED_MODULES, load_adapter_config
+    from idlm.model.adapter import FUSED_MODULES, RESULTS_FILE, load_adapter_config
 
     config = load_adapter_config(folder)
     card = folder / "README.md"
@@ -107,7 +110,39 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "sampler_head_depth": config.head_depth,
         "stride_trained": config.block_size + 1,
         "card": str(card) if card.exists() else None,
+        "results": _results(folder / RESULTS_FILE),
     }
+
+
+def _results(path: Path) -> dict[str, Any] | None:
+    """The figures that `idlm convert` wrote beside the card."""
+    if not path.exists():
+        return None
+    try:
+        results = json.loads(path.read_text())
+        if not isinstance(results, dict):
+            raise ValueError("it is not a JSON object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); delete it or fetch it again."
+        ) from error
+    return results
+
+
+def _figures(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """A title and a line for every group of figures, by place or by setting."""
+    titles = {
+        "greedy": "accepted at T=0",
+        "sampled": "accepted at T=1",
+        "tpf": "TPF held-out",
+        "mt_bench": "TPF MT-bench",
+    }
+    for name, value in results.items():
+        title = titles.get(name, name.replace("_", " "))
+        if isinstance(value, dict):
+            yield title, "  ".join(f"{setting} {figure:.2f}" for setting, figure in value.items())
+        else:
+            yield title, " ".join(f"{figure:.3f}" for figure in value)
 
 
 def _weights(folder: Path) -> dict[str, Any]:

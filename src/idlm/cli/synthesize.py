@@ -72,6 +72,13 @@ def add_synthesis_options(parser: argparse.ArgumentParser) -> None:
         help="tokens in the folder at the end, such as 500k or 20M (the default)",
     )
     group.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="user turns to answer: .txt with one per line, or .jsonl with 'prompt' or 'messages' "
+        "(default: the model writes the user turns too)",
+    )
+    group.add_argument(
         "--slots",
         type=int,
         default=1024,
@@ -105,13 +112,15 @@ def synthesis_config(args: argparse.Namespace) -> SynthesisConfig:
     """The settings of the synthesis.
 
     Raises:
-        InvalidRequestError: a value out of range.
+        InvalidRequestError: a value out of range, or a file of prompts that cannot be read.
     """
+    from idlm.training.prompts import read_prompts
     from idlm.training.sampler import Limits
     from idlm.training.synthesis import SynthesisConfig
 
     limits = Limits(length=args.max_length, user=args.max_user, answer=args.max_answer)
-    return SynthesisConfig(tokens=args.tokens, seed=args.seed, slots=args.slots, limits=limits)
+    prompts = read_prompts(args.prompts) if args.prompts else ()
+    return SynthesisConfig(args.tokens, args.seed, args.slots, limits, prompts)
 
 
 def load_base(args: argparse.Namespace) -> tuple[Path, Decoder, Tokenizer]:

@@ -35,6 +35,8 @@ MODULE_PARENT = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down":
 CONFIG_FILE = "idlm_config.json"
 HEAD_FILE = "sampler_head.safetensors"
 LORA_FILE = "adapter_model.safetensors"
+# The figures of the card, for programs.
+RESULTS_FILE = "results.json"
 FORMAT_VERSION = 1
 # The adapters that the authors of arXiv 2604.11035 published are LoRAs for Qwen3 and nothing else:
 # for stride 4, with masks that are an id which Qwen3 does not use.

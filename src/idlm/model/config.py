@@ -129,6 +129,7 @@ class ModelConfig:
 
         Raises:
             UnsupportedModelError: unknown ``model_type``, activation or rope scaling.
+            KeyError, TypeError, ValueError: a field is missing or makes no sense.
         """
         model_type = config.get("model_type", "")
         if model_type not in MODEL_TYPES:
@@ -143,7 +144,9 @@ class ModelConfig:
                 "'silu') can be loaded."
             )
         heads = int(config["num_attention_heads"])
-        eos = config.get("eos_token_id")
+        eos, mask = config.get("eos_token_id"), config.get("mask_token_id")
+        if mask is not None and not 0 <= mask < int(config["vocab_size"]):
+            raise ValueError(f"mask_token_id {mask} is not in the vocabulary")
         qwen3_like = model_type in ("qwen3", "sdar")
         bias = bool(config.get("attention_bias", False))
         return cls(
@@ -166,7 +169,7 @@ class ModelConfig:
             sliding_window=_sliding_window(config),
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            mask_token_id=config.get("mask_token_id"),
+            mask_token_id=mask,
         )
 
     def fingerprint(self) -> str:

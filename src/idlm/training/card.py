@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 
 import idlm
-from idlm.model.files import replacing
+from idlm.model.adapter import RESULTS_FILE
+from idlm.model.files import replacing, write_json
 from idlm.training.trainer import Report, Trainer
 
 CARD_FILE = "README.md"
 
 
 def write_card(folder: Path, trainer: Trainer, report: Report, command: str) -> None:
-    """Write the card into ``folder``."""
+    """Write the card into ``folder``, and beside it its figures as JSON."""
+    write_json(folder / RESULTS_FILE, report.acceptance.to_dict())
     with replacing(folder / CARD_FILE) as temporary:
         temporary.write_text(_card(folder, trainer, report, command))
 

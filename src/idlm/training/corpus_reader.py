@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from idlm.errors import InvalidRequestError
+from idlm.errors import InvalidRequestError, first_words
 from idlm.model.tokenizer import Tokenizer
 from idlm.training.conversation import ANSWERER, Span, tokenize_conversation
 from idlm.training.data import (
@@ -122,7 +121,7 @@ class _Reader:
             else:
                 yield from self._conversation(record or [])
         except InvalidRequestError as error:
-            self._drop(re.split(r" \(|[.:;]", str(error))[0])
+            self._drop(first_words(error))
 
     def _conversation(self, messages: list[dict[str, Any]]) -> Iterator[Fitting]:
         sequences = tokenize_conversation(self.tokenizer, messages)

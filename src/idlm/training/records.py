@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from idlm.training.data import HELDOUT, TRAIN, import_pyarrow
 # A list of messages, or a text.
 Record = list[dict[str, Any]] | str
 
+# A conversation, and a text.
 COLUMNS = ("messages", "text")
 # Names that data sets give to documents that are not trained on, in the order of preference.
 HELDOUT_NAMES = (HELDOUT, "validation", "valid", "val", "dev", "test", "eval")
@@ -83,15 +85,64 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         InvalidRequestError: it is damaged, or has neither ``messages`` nor ``text``.
     """
-    try:
+    with readable(path):
         yield from READERS[path.suffix](path)
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors too
-        if isinstance(error, InvalidRequestError):
-            raise
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Says of what goes wrong meanwhile that ``path`` cannot be read.
+
+    Raises:
+        InvalidRequestError: so it is.
+    """
+    try:
+        yield
+    except InvalidRequestError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's and Unicode's are ValueErrors
         raise InvalidRequestError(
             f"{path} cannot be read ({str(error).splitlines()[0]}); give a whole file in UTF-8 "
             "or of the format that its name says."
         ) from error
+
+
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file with one a line, each with the words for where it stands.
+
+    Raises:
+        InvalidRequestError: a line is no JSON object.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"Line {number} of {path}"
+            try:
+                fields = json.loads(line)
+            except ValueError as error:
+                raise InvalidRequestError(
+                    f"{where} is not JSON ({error}); give one object a line."
+                ) from error
+            if not isinstance(fields, dict):
+                raise InvalidRequestError(f"{where} is not a JSON object; give one a line.")
+            yield where, fields
+
+
+def field_of(given: Iterable[str], known: Sequence[str], where: str) -> str:
+    """The first of the ``known`` fields that is ``given``.
+
+    Raises:
+        InvalidRequestError: none is.
+    """
+    names = list(given)
+    for field in known:
+        if field in names:
+            return field
+    raise InvalidRequestError(
+        f"{where} has {', '.join(map(repr, names)) or 'no fields'}, and neither "
+        f"{' nor '.join(map(repr, known))}; rename what is to be read."
+    )
 
 
 def _text(path: Path) -> Iterator[Record]:
@@ -99,28 +150,14 @@ def _text(path: Path) -> Iterator[Record]:
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise InvalidRequestError(
-                    f"Line {number} of {path} is not JSON ({error}); give one object a line."
-                ) from error
-            if not isinstance(fields, dict):
-                raise InvalidRequestError(
-                    f"Line {number} of {path} is not a JSON object; write it as "
-                    '{"messages": [...]} or {"text": "..."}.'
-                )
-            yield fields[_column(fields, f"Line {number} of {path}")]
+    for where, fields in json_objects(path):
+        yield fields[field_of(fields, COLUMNS, where)]
 
 
 def _parquet(path: Path) -> Iterator[Record]:
     pa = import_pyarrow()
     with pa.parquet.ParquetFile(path) as file:
-        column = _column(file.schema_arrow.names, str(path))
+        column = field_of(file.schema_arrow.names, COLUMNS, str(path))
         for batch in file.iter_batches(columns=[column]):
             yield from batch.column(column).to_pylist()
 
@@ -133,7 +170,7 @@ def _arrow(path: Path) -> Iterator[Record]:
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
             reader = batches = pa.ipc.open_stream(file)  # what `datasets` writes
-        column = _column(reader.schema.names, str(path))
+        column = field_of(reader.schema.names, COLUMNS, str(path))
         for batch in batches:
             yield from batch.column(column).to_pylist()
 
@@ -176,16 +213,6 @@ def _part(file: Path, root: Path) -> str:
     if file.suffix != ".txt":  # there a file is one document, with a name of its own
         words.insert(0, re.split(r"[-_.]", file.name)[0])
     return next((word for word in words if word == TRAIN or word in HELDOUT_NAMES), "")
-
-
-def _column(names: Sequence[str] | dict[str, Any], where: str) -> str:
-    for column in COLUMNS:
-        if column in names:
-            return column
-    raise InvalidRequestError(
-        f"{where} has {', '.join(map(repr, names)) or 'no fields'}, and neither 'messages' (a "
-        "conversation) nor 'text'; rename what is to be read."
-    )
 
 
 def _names(parts: Iterable[str]) -> str:

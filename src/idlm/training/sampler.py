@@ -34,6 +34,7 @@ class Script:
         more_turns: user turns after the first answer.
         temperature: of the answers; 0: greedy.
         user_temperature: of the user turns.
+        source: names what the prefix was made from, if others are made from the same.
     """
 
     prefix: tuple[int, ...]
@@ -41,6 +42,7 @@ class Script:
     more_turns: int
     temperature: float
     user_temperature: float
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import random
-import re
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from idlm.errors import InvalidRequestError
 from idlm.model.decoder import Decoder
@@ -28,26 +25,20 @@ from idlm.training.data import (
     write_shard,
 )
 from idlm.training.parallel import ALONE, Parallel
+from idlm.training.progress import TokenProgress, report_counts
+from idlm.training.prompts import Prompt
 from idlm.training.sampler import BatchSampler, Limits, Script
-from idlm.training.seeds import OPENERS, SYSTEM_PROMPTS, TEXT_SEEDS, TOPIC_OPENERS
+from idlm.training.scripts import PromptWriter, ScriptWriter
 from idlm.training.template import ChatPieces
 
-DEFAULT_SYSTEM_SHARE = 0.7
-OPENER_SHARE = 0.3
-TOPIC_SHARE = 0.5
-# Tokens that can begin a word of a topic: a space and lower-case letters.
-TOPIC_TOKEN = re.compile(r" [a-z]{4,}")
-TWO_TURN_SHARE = 0.2
-USER_TEMPERATURES = (0.8, 1.0)
-# Temperatures of the answers and their shares.
-TEMPERATURES = ((0.0, 0.45), (0.7, 0.2), (1.0, 0.35))
 # An answer is a loop if more than this share of its 8-grams has occurred before in it.
 LOOP_NGRAM = 8
 LOOP_SHARE = 0.5
 # Odd constants that turn an 8-gram into one number (mod 2**64).
 GRAM_KEYS = np.random.default_rng(0).integers(1, 2**62, LOOP_NGRAM) * 2 + 1
 SHARD_TOKENS = 4_000_000
-SECONDS_PER_REPORT = 10.0
+# A synthesis ends when this many conversations a slot, one after the other, gave nothing new.
+FRUITLESS = 20
 
 
 @dataclass(frozen=True)
@@ -59,12 +50,14 @@ class SynthesisConfig:
         seed: of scripts and sampling; every resumption uses another stream of it.
         slots: conversations sampled at once.
         limits: longest document, user turn and answer.
+        prompts: what is to be answered; empty: the model writes the user turns too.
     """
 
     tokens: int
     seed: int = 0
     slots: int = 1024
     limits: Limits = field(default_factory=Limits)
+    prompts: tuple[Prompt, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.slots < 1:
@@ -73,51 +66,6 @@ class SynthesisConfig:
             raise InvalidRequestError(
                 "--max-answer must be at least 1 and below --max-length, --max-user at least 1."
             )
-
-
-class ScriptWriter:
-    """Beginnings of conversations (or of plain texts), drawn at random."""
-
-    def __init__(self, tokenizer: Tokenizer, eos_ids: tuple[int, ...], seed: Sequence[int]) -> None:
-        self._random = random.Random(repr(tuple(seed)))
-        self.pieces: ChatPieces | None = None
-        if tokenizer.has_chat_template:
-            self.pieces = ChatPieces.of(tokenizer, SYSTEM_PROMPTS, eos_ids)
-            self.stop_ids = self.pieces.stop_ids
-            beginnings: tuple[str, ...] = OPENERS
-        else:
-            self.stop_ids = frozenset((*eos_ids, *tokenizer.eos_token_ids))
-            beginnings = TEXT_SEEDS
-        special = self.pieces is None
-        self._beginnings = [tuple(tokenizer.encode(text, special)) for text in beginnings]
-        self._topic_openers = [tuple(tokenizer.encode(text, False)) for text in TOPIC_OPENERS]
-        self._topics = [
-            token
-            for token in range(tokenizer.backend.get_vocab_size())
-            if TOPIC_TOKEN.fullmatch(tokenizer.token_text(token))
-        ]
-
-    def __iter__(self) -> Iterator[Script]:
-        while True:
-            yield self._next()
-
-    def _next(self) -> Script:
-        draw = self._random
-        values, shares = zip(*TEMPERATURES, strict=True)
-        (temperature,) = draw.choices(values, shares)
-        user_temperature = draw.uniform(*USER_TEMPERATURES)
-        beginning = draw.choice(self._beginnings)
-        if self.pieces is None:
-            return Script(beginning, True, 0, temperature, user_temperature)
-        default, *others = self.pieces.prefixes
-        prefix = default if draw.random() < DEFAULT_SYSTEM_SHARE else draw.choice(others)
-        kind = draw.random()
-        if kind < OPENER_SHARE:
-            prefix = (*prefix, *beginning)
-        elif kind < OPENER_SHARE + TOPIC_SHARE and self._topics:
-            prefix = (*prefix, *draw.choice(self._topic_openers), draw.choice(self._topics))
-        turns = 1 if draw.random() < TWO_TURN_SHARE else 0
-        return Script(prefix, False, turns, temperature, user_temperature)
 
 
 def read_document(
@@ -152,6 +100,17 @@ def read_document(
     return Document(token_ids[: answers[-1][1]], answers, script.temperature, truncated)
 
 
+def user_turns(
+    script: Script, document: Document, pieces: ChatPieces | None
+) -> list[Sequence[int]]:
+    """What the model wrote itself before each answer: nothing before one to a given prompt."""
+    if pieces is None:
+        return []
+    starts = [len(script.prefix), *(end - 1 + len(pieces.to_user) for _, end in document.answers)]
+    ends = [start - len(pieces.to_answer) for start, _ in document.answers]
+    return [document.token_ids[start:end] for start, end in zip(starts, ends, strict=False)]
+
+
 def is_loop(token_ids: Sequence[int]) -> bool:
     """Whether most 8-grams of an answer have occurred in it before."""
     if len(token_ids) < 2 * LOOP_NGRAM:
@@ -164,16 +123,27 @@ class Collector:
     """Keeps, drops and counts documents, and writes them as shards.
 
     The documents of existing shards count and are not written again.
+
+    Args:
+        repeat: a prompt may be answered more than once, but not twice alike.
+
+    Attributes:
+        counts: of documents and tokens kept, and of documents dropped by reason.
+        fruitless: documents dropped since the last one was kept.
     """
 
     def __init__(
         self,
         folder: Path,
         special_ids: frozenset[int],
+        *,
+        repeat: bool = False,
         parallel: Parallel = ALONE,
     ) -> None:
         self.folder, self._special_ids, self._parallel = folder, special_ids, parallel
+        self._repeat = repeat
         self.counts: Counter[str] = Counter()
+        self.fruitless = 0
         self._seen: set[int] = set()
         self._waiting: dict[str, list[Document]] = {split: [] for split in SPLITS}
         self._waiting_tokens: Counter[str] = Counter()
@@ -183,28 +153,33 @@ class Collector:
                 self.shards += len(paths)
                 corpus = Corpus.read(folder, split)
                 self.counts["tokens"] += len(corpus.tokens)
-                self._seen.update(_key(corpus.document(i)) for i in range(len(corpus)))
+                self._seen.update(self._key(corpus.document(i)) for i in range(len(corpus)))
 
-    def add(self, document: Document | None, user: Sequence[int]) -> None:
+    def add(
+        self, document: Document | None, turns: Sequence[Sequence[int]] = (), source: str = ""
+    ) -> None:
         """Keep a document, or count why not.
 
         Args:
             document: None: the conversation has no answer.
-            user: what the model wrote of the first user turn.
+            turns: what the model wrote of the user turns (`user_turns`).
+            source: documents with the same source, if any, belong to the same split.
         """
         if document is None:
-            self.counts["dropped: no answer"] += 1
+            self._drop("no answer")
             return
-        if reason := self._reason_to_drop(document, user):
-            self.counts[f"dropped: {reason}"] += 1
+        if reason := self._reason_to_drop(document, turns):
+            self._drop(reason)
             return
-        key, length = _key(document), len(document.token_ids)
+        key, length = self._key(document), len(document.token_ids)
         self._seen.add(key)
+        self.fruitless = 0
         self.counts["documents"] += 1
         self.counts["truncated"] += document.truncated
         self.counts["tokens"] += length
         self.counts["answer tokens"] += sum(end - start for start, end in document.answers)
-        split = HELDOUT if key % 1000 < 1000 * HELDOUT_SHARE else TRAIN
+        chance = _hash(source.encode()) if source else key
+        split = HELDOUT if chance % 1000 < 1000 * HELDOUT_SHARE else TRAIN
         self._waiting[split].append(document)
         self._waiting_tokens[split] += length
         if self._waiting_tokens[split] >= SHARD_TOKENS:
@@ -212,7 +187,8 @@ class Collector:
 
     def close(self) -> None:
         """Write what is still waiting; a small folder gets a held-out document too."""
-        if self._waiting[TRAIN][1:] and not list(self.folder.glob(f"{HELDOUT}-*.parquet")):
+        held_out = self._waiting[HELDOUT] or any(self.folder.glob(f"{HELDOUT}-*.parquet"))
+        if self._waiting[TRAIN][1:] and not held_out:
             self._waiting[HELDOUT].append(self._waiting[TRAIN].pop())
         for split in SPLITS:
             self._flush(split)
@@ -225,15 +201,31 @@ class Collector:
             number = len(list(self.folder.glob(f"{own}-*.parquet")))
             write_shard(self.folder / f"{own}-{number:05d}.parquet", documents)
 
-    def _reason_to_drop(self, document: Document, user: Sequence[int]) -> str | None:
-        if self._special_ids.intersection(user):
-            return "special token in the user turn"
+    def _drop(self, reason: str) -> None:
+        self.counts[f"dropped: {reason}"] += 1
+        self.fruitless += 1
+
+    def _reason_to_drop(self, document: Document, turns: Sequence[Sequence[int]]) -> str | None:
+        if any(self._special_ids.intersection(turn) for turn in turns):
+            return "special token in a user turn"
+        if not all(turns[1:]):  # the first one may be all in what was given
+            return "empty user turn"
         answers = [document.token_ids[start:end] for start, end in document.answers]
         if max(map(len, answers)) < MIN_ANSWER:
             return "answer too short"
         if any(map(is_loop, answers)):
             return "loop"
-        return "duplicate" if _key(document) in self._seen else None
+        return "duplicate" if self._key(document) in self._seen else None
+
+    def _key(self, document: Document) -> int:
+        """What makes a duplicate: the temperature, and all before the first answer (or all)."""
+        end = len(document.token_ids) if self._repeat else document.answers[0][0]
+        text = np.asarray(document.token_ids[:end], dtype=np.int32).tobytes()
+        return _hash(text + np.float32(document.temperature).tobytes())
+
+
+def _hash(text: bytes) -> int:
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 
 def synthesize(
@@ -252,16 +244,23 @@ def synthesize(
         counts of documents and tokens kept, and of documents dropped by reason.
 
     Raises:
-        InvalidRequestError: the documents would not fit the model's context.
+        InvalidRequestError: the documents would not fit the model's context, or none could be
+            kept.
     """
     check_context(decoder, config.limits.length)
-    collector = Collector(folder, tokenizer.special_ids, parallel)
+    collector = Collector(
+        folder, tokenizer.special_ids, repeat=bool(config.prompts), parallel=parallel
+    )
     parallel.wait()  # all have read the folder before one writes
     at_start = collector.counts["tokens"]
     target = at_start + -(-(config.tokens - at_start) // parallel.world)
     # A resumed synthesis draws from another stream than what is there already.
     seed = (config.seed, collector.shards, parallel.rank)
-    writer = ScriptWriter(tokenizer, decoder.config.eos_token_ids, seed)
+    eos_ids, limits = decoder.config.eos_token_ids, config.limits
+    writer = ScriptWriter(tokenizer, eos_ids, seed)
+    if config.prompts:
+        writer = PromptWriter(config.prompts, tokenizer, eos_ids, seed, limits.length)
+        collector.counts.update(writer.counts)
     pieces = writer.pieces
     sampler = BatchSampler(
         decoder,
@@ -269,23 +268,31 @@ def synthesize(
         pieces.to_user if pieces else (),
         sorted(writer.stop_ids),
         slots=config.slots,
-        limits=config.limits,
+        limits=limits,
         seed=hash(seed) % 2**63,
     )
-    report = _Report(collector.counts, target)
-    for ended in sampler.run(iter(writer)):
-        for script, token_ids in ended:
-            document = read_document(script, token_ids, pieces, writer.stop_ids)
-            first = document.answers[0][0] if document else 0
-            last = first - len(pieces.to_answer) if pieces else first
-            collector.add(document, token_ids[len(script.prefix) : last])
-        if parallel.main:
-            report.update()
-        if collector.counts["tokens"] >= target:
-            break
+    console = Console(stderr=True) if parallel.main else None
+    with TokenProgress(at_start, target, console) as progress:
+        for ended in sampler.run(iter(writer)):
+            for script, token_ids in ended:
+                document = read_document(script, token_ids, pieces, writer.stop_ids)
+                turns = user_turns(script, document, pieces) if document else []
+                collector.add(document, turns, script.source)
+            progress.update(collector.counts["tokens"])
+            if collector.counts["tokens"] >= target:
+                break
+            if collector.fruitless >= FRUITLESS * config.slots:
+                collector.counts["stopped: conversations without anything new"] = (
+                    collector.fruitless
+                )
+                break
     collector.close()
-    if parallel.main:
-        report.finish()
+    report_counts(collector.counts, console)
+    if not collector.counts["tokens"]:
+        raise InvalidRequestError(
+            "Nothing that the model wrote could be kept (the reasons are above); give another "
+            "model, other prompts or larger limits."
+        )
     return collector.counts
 
 
@@ -302,40 +309,3 @@ def check_context(decoder: Decoder, length: int) -> None:
             f"Documents of up to {length} tokens do not fit the model's context or sliding "
             f"window of {context}; set a smaller --max-length."
         )
-
-
-class _Report:
-    """A line on stderr every few seconds, and one at the end: of this process's share."""
-
-    def __init__(self, counts: Counter[str], target: int) -> None:
-        self._counts, self._target = counts, target
-        self._at_start = counts["tokens"]
-        self._start = self._last = time.monotonic()
-
-    def update(self) -> None:
-        now = time.monotonic()
-        if now - self._last >= SECONDS_PER_REPORT:
-            self._last = now
-            self._line(now)
-
-    def finish(self) -> None:
-        self._line(time.monotonic())
-        for name, count in sorted(self._counts.items()):
-            print(f"  {name}: {count}", file=sys.stderr)
-
-    def _line(self, now: float) -> None:
-        tokens = self._counts["tokens"]
-        rate = (tokens - self._at_start) / max(now - self._start, 1e-9)
-        print(
-            f"{tokens / 1e6:.2f}M of {self._target / 1e6:.2f}M tokens "
-            f"({100 * tokens / self._target:.0f}%), {rate / 1e3:.1f}k tokens/s",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def _key(document: Document) -> int:
-    """What makes a document a duplicate: all before the first answer, and the temperature."""
-    before = np.asarray(document.token_ids[: document.answers[0][0]], dtype=np.int32)
-    text = before.tobytes() + np.float32(document.temperature).tobytes()
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
