@@ -11,13 +11,13 @@ from rich.console import Console
 from idlm.training import progress
 from idlm.training.progress import TokenProgress, report_counts
 
-LINE = re.compile(r"2\.00M of 4\.00M tokens \(50%\), \d+\.\dk tokens/s")
+LINE = re.compile(r"20\.0M of 40\.0M tokens \(50%\), [\d.]+[kM]? tokens/s")
 
 
 def run(console: Console | None) -> None:
-    with TokenProgress(1_000_000, 4_000_000, console) as tokens:
+    with TokenProgress(9_999, 40_000_000, console) as tokens:
         tokens.update(1_500_000)
-        tokens.update(2_000_000)
+        tokens.update(20_000_000)
 
 
 def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +28,11 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     out = io.StringIO()
     run(Console(file=out, force_terminal=False))
     first, second, last = out.getvalue().splitlines()
-    assert first.startswith("1.50M of 4.00M") and LINE.fullmatch(second) and LINE.fullmatch(last)
+    assert (
+        first.startswith("1.5M of 40.0M tokens (4%)")
+        and LINE.fullmatch(second)
+        and LINE.fullmatch(last)
+    )
 
 
 def test_a_bar_on_a_terminal() -> None:

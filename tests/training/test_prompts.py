@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -129,10 +130,17 @@ def test_the_model_writes_the_answers_only(
     config = SynthesisConfig(4000, slots=16, limits=LIMITS, prompts=given)
     counts = synthesize(decoder, tokenizer, tmp_path, config)
     assert counts["tokens"] >= 4000 > 12 * LIMITS.length  # prompts had to be repeated
-    documents: list[Document] = []
+    parts: list[list[Document]] = []
     for split in ("train", "heldout"):
         corpus = Corpus.read(tmp_path, split)
-        documents += [corpus.document(i) for i in range(len(corpus))]
+        parts.append([corpus.document(i) for i in range(len(corpus))])
+    # All answers to a prompt are in one part.
+    numbers = [
+        {re.findall(r"number (\d+)\.", tokenizer.decode(d.token_ids))[0] for d in part}
+        for part in parts
+    ]
+    assert numbers[1] and numbers[0].isdisjoint(numbers[1])
+    documents = parts[0] + parts[1]
     texts = set()
     for document in documents:
         ((start, end),) = document.answers

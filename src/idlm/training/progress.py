@@ -50,15 +50,21 @@ class TokenProgress:
 
     def _line(self) -> str:
         rate = (self._done - self._at_start) / max(time.monotonic() - self._start, 1e-9)
-        share = 100 * self._done / self._total
         return (
-            f"{self._done / 1e6:.2f}M of {self._total / 1e6:.2f}M tokens ({share:.0f}%), "
-            f"{rate / 1e3:.1f}k tokens/s"
+            f"{_short(self._done)} of {_short(self._total)} tokens "
+            f"({100 * self._done / self._total:.0f}%), {_short(rate)} tokens/s"
         )
 
     def _say(self, line: str) -> None:
         if self._console is not None:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _short(number: float) -> str:
+    for size, suffix in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{suffix}"
+    return f"{number:.0f}"
 
 
 def report_counts(counts: Mapping[str, int], console: Console | None) -> None:

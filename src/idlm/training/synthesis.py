@@ -145,7 +145,7 @@ class Collector:
         self.counts: Counter[str] = Counter()
         self.fruitless = 0
         self._seen: set[int] = set()
-        self._waiting: dict[str, list[Document]] = {split: [] for split in SPLITS}
+        self._waiting: dict[str, list[tuple[Document, str]]] = {split: [] for split in SPLITS}
         self._waiting_tokens: Counter[str] = Counter()
         self.shards = 0
         for split in SPLITS:
@@ -180,21 +180,28 @@ class Collector:
         self.counts["answer tokens"] += sum(end - start for start, end in document.answers)
         chance = _hash(source.encode()) if source else key
         split = HELDOUT if chance % 1000 < 1000 * HELDOUT_SHARE else TRAIN
-        self._waiting[split].append(document)
+        self._waiting[split].append((document, source))
         self._waiting_tokens[split] += length
         if self._waiting_tokens[split] >= SHARD_TOKENS:
             self._flush(split)
 
     def close(self) -> None:
-        """Write what is still waiting; a small folder gets a held-out document too."""
+        """Write what is still waiting; a small folder gets a held-out source or document too."""
+        train = self._waiting[TRAIN]
         held_out = self._waiting[HELDOUT] or any(self.folder.glob(f"{HELDOUT}-*.parquet"))
-        if self._waiting[TRAIN][1:] and not held_out:
-            self._waiting[HELDOUT].append(self._waiting[TRAIN].pop())
+        if train[1:] and not held_out:
+            last = train[-1][1]
+            if any(source != last for _, source in train):
+                self._waiting[HELDOUT] = [pair for pair in train if pair[1] == last]
+                self._waiting[TRAIN] = [pair for pair in train if pair[1] != last]
+            else:
+                self._waiting[HELDOUT].append(train.pop())
         for split in SPLITS:
             self._flush(split)
 
     def _flush(self, split: str) -> None:
-        documents, self._waiting[split] = self._waiting[split], []
+        documents = [document for document, _ in self._waiting[split]]
+        self._waiting[split] = []
         self._waiting_tokens[split] = 0
         if documents:
             own = f"{split}-{self._parallel.rank}"
