@@ -9,7 +9,7 @@ import torch
 
 from idlm.model.config import ModelConfig, RopeConfig
 from idlm.model.decoder import Decoder
-from idlm.training.objective import Objective
+from idlm.training.lossless import LosslessObjective
 from idlm.training.sampler import BatchSampler, Limits, Script
 from idlm.training.slot_attention import SlotAttention
 from tests.training.test_objective import M, make_adapter, make_batch, make_config
@@ -63,11 +63,13 @@ def test_objective_value_and_gradient() -> None:
     outcomes, gradients = [], []
     for device in ("cpu", "cuda"):
         adapter.to(device).zero_grad()
-        outcome = Objective(decoder.to(device), adapter, config)(batch.to(torch.device(device)))
-        outcome.loss.backward()
+        outcome = LosslessObjective(decoder.to(device), adapter, config)(
+            batch.to(torch.device(device))
+        )
+        outcome.losses.sum().backward()
         outcomes.append(outcome)
         gradients.append(torch.cat([p.grad.flatten().cpu() for p in adapter.parameters()]))  # type: ignore[union-attr]
-    torch.testing.assert_close(outcomes[1].loss.cpu(), outcomes[0].loss, rtol=1e-3, atol=0)
+    torch.testing.assert_close(outcomes[1].losses.cpu(), outcomes[0].losses, rtol=1e-3, atol=0)
     assert (gradients[1] - gradients[0]).norm() < 1e-2 * gradients[0].norm()
     assert outcomes[0].valid_BAM.shape[-1] == M
 

@@ -12,7 +12,8 @@ from idlm.model.config import ModelConfig, RopeConfig
 from idlm.model.decoder import Decoder
 from idlm.training.config import ConvertConfig
 from idlm.training.data import Batch, Corpus, Loader
-from idlm.training.objective import Objective, _visits, unroll
+from idlm.training.lossless import LosslessObjective, _visits, unroll
+from idlm.training.objective import Blocks
 
 M = 5
 VOCAB = 61
@@ -110,9 +111,9 @@ def decode_time_hidden(
 @torch.no_grad()
 def test_mask_rows_are_those_of_decoding(decoder: Decoder, adapter: Adapter) -> None:
     batch = make_batch()
-    objective = Objective(decoder, adapter, make_config())
+    objective = LosslessObjective(decoder, adapter, make_config())
     _, documents = objective._clean(batch)
-    hidden_BAMH = objective._masks(batch, documents).unflatten(1, (-1, M))
+    hidden_BAMH = objective._masks(batch, Blocks(batch, M), documents).unflatten(1, (-1, M))
     for row in range(2):
         for a, anchor in enumerate(batch.anchors_BA[row].tolist()):
             start = int(batch.documents_BT[row, anchor])
@@ -124,7 +125,7 @@ def test_mask_rows_are_those_of_decoding(decoder: Decoder, adapter: Adapter) -> 
 @torch.no_grad()
 def test_clean_rows_are_those_of_the_base_model(decoder: Decoder, adapter: Adapter) -> None:
     batch = make_batch()
-    hidden_BTH, _ = Objective(decoder, adapter, make_config())._clean(batch)
+    hidden_BTH, _ = LosslessObjective(decoder, adapter, make_config())._clean(batch)
     for row in range(2):
         starts = batch.documents_BT[row].unique().tolist()
         for start, end in zip(starts, [*starts[1:], 64], strict=True):
@@ -140,18 +141,20 @@ def test_clean_rows_are_those_of_the_base_model(decoder: Decoder, adapter: Adapt
 @torch.no_grad()
 def test_blocks_do_not_see_the_future(decoder: Decoder, adapter: Adapter) -> None:
     batch = make_batch()
-    objective = Objective(decoder, adapter, make_config())
+    objective = LosslessObjective(decoder, adapter, make_config())
     anchor_B1 = batch.anchors_BA[:, 2:3]
     later_BT = torch.arange(64) > anchor_B1
     changed = Batch(
         torch.where(later_BT, (batch.tokens_BT + 7) % VOCAB, batch.tokens_BT),
         batch.positions_BT,
         batch.documents_BT,
+        batch.answers_BT,
         batch.anchors_BA,
         batch.places_BA,
     )
     before, after = (
-        objective._masks(b, objective._clean(b)[1]).unflatten(1, (-1, M)) for b in (batch, changed)
+        objective._masks(b, Blocks(b, M), objective._clean(b)[1]).unflatten(1, (-1, M))
+        for b in (batch, changed)
     )
     torch.testing.assert_close(before[:, :3], after[:, :3], atol=1e-6, rtol=0)
     assert (before[:, 3:] - after[:, 3:]).abs().max() > 1e-3
@@ -161,7 +164,7 @@ def test_teacher_and_head_follow_the_geometry(decoder: Decoder, adapter: Adapter
     """The loss of one anchor, written out with the inference path and plain softmaxes."""
     batch = make_batch(batch=1, anchors=1)
     config = make_config(batch=1, anchors=1, marginal_weight=0.0, place_decay=0.9)
-    outcome = Objective(decoder, adapter, config)(batch)
+    outcome = LosslessObjective(decoder, adapter, config)(batch)
     anchor, places = int(batch.anchors_BA), int(batch.places_BA)
     start = int(batch.documents_BT[0, anchor])
     tokens, b = batch.tokens_BT[0, start:], anchor - start
@@ -177,7 +180,7 @@ def test_teacher_and_head_follow_the_geometry(decoder: Decoder, adapter: Adapter
             p = decoder.logits(clean[b + j]).log_softmax(-1)
             q = decoder.logits(h_MH[j - 1] + states_MH[j - 1]).log_softmax(-1)
             expected += 0.9 ** (j - 1) * float((p.exp() * (p - q)).sum())
-    assert outcome.loss.item() == pytest.approx(expected, rel=1e-4)
+    assert outcome.losses.item() == pytest.approx(expected, rel=1e-4)
     assert outcome.valid_BAM.sum() == places
 
 
@@ -186,16 +189,16 @@ def test_mean_loss_does_not_depend_on_the_split(
     decoder: Decoder, adapter: Adapter, survival: bool
 ) -> None:
     batch = make_batch(batch=4)
-    objective = Objective(
+    objective = LosslessObjective(
         decoder, adapter, make_config(batch=4, survival=survival, tv_weight=0.5, place_decay=0.9)
     )
     losses, gradients = [], []
     for parts in (1, 2, 4):
         adapter.zero_grad()
-        weight = objective.weight(batch)
+        weights = objective.weights(batch)
         total = 0.0
         for part in batch.split(parts):
-            loss = objective(part).loss / weight
+            loss = (objective(part).losses / weights).sum()
             loss.backward()
             total += loss.item()
         losses.append(total)

@@ -212,6 +212,7 @@ class Batch:
         positions_BT: position inside the document, int64.
         documents_BT: index in the row at which the token's document begins, int64; padding is
             one document of its own.
+        answers_BT: whether the token belongs to an answer, bool.
         anchors_BA: index of the anchor in the row, ascending, int64.
         places_BA: places of the anchor's block that have a target, int64; 0: unused anchor.
     """
@@ -219,6 +220,7 @@ class Batch:
     tokens_BT: torch.Tensor
     positions_BT: torch.Tensor
     documents_BT: torch.Tensor
+    answers_BT: torch.Tensor
     anchors_BA: torch.Tensor
     places_BA: torch.Tensor
 
@@ -300,6 +302,7 @@ class Loader:
     def _row(self, documents: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
         corpus, T = self.corpus, self.length
         tokens, positions, starts = np.zeros((3, T), np.int64)
+        answers = np.zeros(T, np.bool_)
         candidates, ends = [], []
         at = 0
         for document in documents:
@@ -309,6 +312,7 @@ class Loader:
             positions[at : at + n] = np.arange(n)
             starts[at : at + n] = at
             for first, last in corpus.answers(document):
+                answers[at + first : at + last] = True
                 span = np.arange(at + first - 1, at + last - 2)
                 candidates.append(span)
                 ends.append(np.full(len(span), at + last))
@@ -323,7 +327,7 @@ class Loader:
         places[: len(chosen)] = np.minimum(
             end[chosen] - 2 - anchors[: len(chosen)], self.block_size
         )
-        return [tokens, positions, starts, anchors, places]
+        return [tokens, positions, starts, answers, anchors, places]
 
 
 def pack(lengths: np.ndarray, order: np.ndarray, capacity: int) -> list[list[int]]:

@@ -1,27 +1,18 @@
-"""The lossless objective: mask blocks learn the clean rows' own next-token distributions.
+"""What a training minimises, and the mask blocks that it looks at.
 
 Geometry, as at decode time: with token ``b`` pending, a forward samples token ``b + 1``; mask
 ``j`` stands at position ``b + j``, sees clean tokens up to ``b`` and masks ``1 .. j`` of its
-block, and proposes token ``b + j + 1``. Its teacher is the clean row ``b + j``.
+block, and proposes token ``b + j + 1``. The clean row ``b + j`` is what it is measured against.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from idlm.model.adapter import Adapter, SamplerHead
-from idlm.model.decoder import Decoder
-from idlm.training.attention import BlockAttention, DocumentAttention
-from idlm.training.compilation import compile_layers, compiled
-from idlm.training.config import ConvertConfig
 from idlm.training.data import Batch
-from idlm.training.divergence import divergence
-
-# The loss without the sampler head is measured on every fourth anchor: an unbiased estimate at
-# a quarter of its price.
-MARGINAL_STRIDE = 4
 
 
 @dataclass(frozen=True)
@@ -29,147 +20,62 @@ class Outcome:
     """One pass over a batch.
 
     Attributes:
-        loss: weighted sum over valid places, to be divided by `Objective.weight` of the whole
-            step; differentiable.
+        losses: per term of the objective the weighted sum, to be divided by `Objective.weights`
+            of the whole step; differentiable, ``[terms]``.
         overlap_BAM: acceptance at temperature 1 by place, fp32.
         agree_BAM: acceptance at temperature 0 by place, fp32.
         valid_BAM: places with a target, bool.
     """
 
-    loss: torch.Tensor
+    losses: torch.Tensor
     overlap_BAM: torch.Tensor
     agree_BAM: torch.Tensor
     valid_BAM: torch.Tensor
 
 
-class Objective:
-    """Clean pass, mask pass, sampler head and loss of one batch.
+class Objective(Protocol):
+    """A sum of terms, each a weighted mean over the step's whole batch.
 
-    The decoder's parameters are frozen. On CUDA its layers are compiled in place, once for all.
+    Sums and weights are added over micro-batches and processes before they are divided, so the
+    split changes nothing.
+
+    Attributes:
+        terms: their names.
+        block_size: masks per block; the trainer may raise it during the run.
     """
 
-    def __init__(self, decoder: Decoder, adapter: Adapter, config: ConvertConfig) -> None:
-        self.decoder, self.adapter, self.config = decoder, adapter, config
-        self.dtype = decoder.embed.weight.dtype
-        decoder.requires_grad_(False)
-        if decoder.embed.weight.is_cuda:
-            compile_layers(decoder)
-
-    def weight(self, batch: Batch) -> torch.Tensor:
-        """Sum of the places' weights, by which the summed loss is to be divided; fp32 scalar."""
-        return (self._valid(batch) * self._decay(batch.tokens_BT.device)).sum()
+    terms: tuple[str, ...]
+    block_size: int
 
     def __call__(self, batch: Batch) -> Outcome:
-        c = self.config
-        hidden_BTH, documents = self._clean(batch)
-        h_NMH = self._masks(batch, documents).unflatten(1, (-1, c.block_size)).flatten(0, 1)
-        # Row b + j of the clean pass teaches mask j, and token b + j is what its head is told.
-        index_BAM = batch.anchors_BA[..., None] + torch.arange(
-            1, c.block_size + 1, device=batch.anchors_BA.device
-        )
-        index_BP = index_BAM.clamp_(max=batch.tokens_BT.shape[1] - 1).flatten(1)
-        rows_B1 = torch.arange(index_BP.shape[0], device=index_BP.device)[:, None]
-        teacher_PH = hidden_BTH[rows_B1, index_BP].flatten(0, 1)
-        tokens_NMH = self.decoder.embed(batch.tokens_BT.gather(1, index_BP)).view(h_NMH.shape)
-        assert self.adapter.head is not None, "training always adds a head"
-        states_NMH = unroll(self.adapter.head, h_NMH, tokens_NMH)
+        """Run the model on a part of the step's batch."""
+        ...
 
-        weight_VH = self.decoder.output_weight
-        chain = divergence((h_NMH + states_NMH).flatten(0, 1), teacher_PH, weight_VH, c.tv_weight)
-        shape = (*batch.anchors_BA.shape, c.block_size)
-        valid_BAM = self._valid(batch)
-        weights_BAM = valid_BAM * self._decay(valid_BAM.device)
-        overlap_BAM = chain.overlap_N.view(shape)
-        if c.survival:
-            weights_BAM = weights_BAM * _survival(overlap_BAM)
-        if c.visits:
-            weights_BAM = weights_BAM * _visits(overlap_BAM, valid_BAM, batch)[..., None]
-        loss = (chain.loss_N.view(shape) * weights_BAM).sum()
-        if c.marginal_weight and torch.is_grad_enabled():
-            every = (slice(None), slice(None, None, MARGINAL_STRIDE))
-            marginal = divergence(
-                h_NMH.unflatten(0, shape[:2])[every].flatten(0, 2),
-                teacher_PH.unflatten(0, shape)[every].flatten(0, 2),
-                weight_VH,
-                c.tv_weight,
-            )
-            scale = c.marginal_weight * MARGINAL_STRIDE
-            loss = loss + scale * (marginal.loss_N * weights_BAM[every].flatten()).sum()
-        return Outcome(loss, overlap_BAM, chain.agree_N.view(shape), valid_BAM)
+    def weights(self, batch: Batch) -> torch.Tensor:
+        """Per term the sum of its weights in ``batch``, ``[terms]`` fp32."""
+        ...
 
-    @torch.no_grad()
-    def _clean(self, batch: Batch) -> tuple[torch.Tensor, DocumentAttention]:
-        attention = DocumentAttention(batch.documents_BT, self.dtype)
-        return self.decoder(batch.tokens_BT, batch.positions_BT, attention), attention
-
-    def _masks(self, batch: Batch, documents: DocumentAttention) -> torch.Tensor:
-        """Hidden states of all mask rows, ``[B, A * M, H]``, block after block."""
-        m = self.config.block_size
-        starts_BA = batch.documents_BT.gather(1, batch.anchors_BA)
-        attention = BlockAttention(documents, batch.anchors_BA, starts_BA, m)
-        places_M = torch.arange(1, m + 1, device=starts_BA.device)
-        positions_BAM = batch.positions_BT.gather(1, batch.anchors_BA)[..., None] + places_M
-        positions_BR = positions_BAM.flatten(1)
-        return self.decoder(
-            batch.tokens_BT[:, :0],
-            positions_BR,
-            attention,
-            num_masks=positions_BR.shape[1],
-            adapter=self.adapter,
-        )
-
-    def _valid(self, batch: Batch) -> torch.Tensor:
-        places_M = torch.arange(self.config.block_size, device=batch.places_BA.device)
-        return places_M < batch.places_BA[..., None]
-
-    def _decay(self, device: torch.device) -> torch.Tensor:
-        places_M = torch.arange(self.config.block_size, device=device, dtype=torch.float32)
-        return self.config.place_decay**places_M
+    def factors(self, means: torch.Tensor) -> torch.Tensor:
+        """What the terms count in the next step, given their means in this one, ``[terms]``."""
+        ...
 
 
-def unroll(head: SamplerHead, hidden_NMH: torch.Tensor, tokens_NMH: torch.Tensor) -> torch.Tensor:
-    """States ``s_1 .. s_M`` of the sampler head, fed the true tokens: ``[N, M, H]``.
+class Blocks:
+    """The mask blocks of ``block_size`` masks at a batch's anchors.
 
-    Args:
-        tokens_NMH: embeddings; place ``j`` gets that of the token one place before its target.
+    Attributes:
+        starts_BA: index in the row at which the anchor's document begins, int64.
+        rows_BP: index of the clean row ``b + j`` of every mask, block after block, int64; clamped
+            to the row's end where the place has no target.
+        positions_BP: position of every mask, int64.
+        valid_BAM: places with a target, bool.
     """
-    run = compiled(_unroll) if hidden_NMH.is_cuda else _unroll
-    return run(head, hidden_NMH, tokens_NMH)
 
-
-def _unroll(head: SamplerHead, hidden_NMH: torch.Tensor, tokens_NMH: torch.Tensor) -> torch.Tensor:
-    projected_NMW = head.project(hidden_NMH)
-    state_NH = torch.zeros_like(hidden_NMH[:, 0])
-    states = []
-    for place in range(hidden_NMH.shape[1]):
-        state_NH = head.step(projected_NMW[:, place], tokens_NMH[:, place], state_NH)
-        states.append(state_NH)
-    return torch.stack(states, dim=1)
-
-
-def _survival(overlap_BAM: torch.Tensor) -> torch.Tensor:
-    """Chance that all earlier places are accepted (no gradient); 1 at the first place."""
-    earlier_BAM = torch.cat((torch.ones_like(overlap_BAM[..., :1]), overlap_BAM[..., :-1]), -1)
-    return earlier_BAM.cumprod(-1)
-
-
-def _visits(overlap_BAM: torch.Tensor, valid_BAM: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Chance that a forward starts at an anchor (no gradient), fp32, ``[B, A]``.
-
-    A forward ends at the first rejected draft, and samples that token itself: so it starts at
-    anchor ``a`` if the draft of token ``a + 1`` was rejected, as often as the blocks of the same
-    row say, or if the block before was accepted as a whole, one time in ``block_size + 1`` at
-    least. Where no block proposes that token (the first of an answer) a forward always starts.
-    """
-    m = overlap_BAM.shape[-1]
-    places_M = torch.arange(2, m + 2, device=overlap_BAM.device)
-    last = batch.tokens_BT.shape[1] - 1
-    target_BP = (batch.anchors_BA[..., None] + places_M).clamp_(max=last).flatten(1)
-    reached_BAM = _survival(overlap_BAM) * valid_BAM
-    reached_BT, rejected_BT = (
-        overlap_BAM.new_zeros(batch.tokens_BT.shape).scatter_add_(1, target_BP, values.flatten(1))
-        for values in (reached_BAM, reached_BAM * (1.0 - overlap_BAM))
-    )
-    chance_BT = torch.where(reached_BT > 0, rejected_BT / reached_BT.clamp(min=1e-9), 1.0)
-    chance_BA = chance_BT.gather(1, (batch.anchors_BA + 1).clamp_(max=last))
-    return chance_BA.clamp(min=1.0 / (m + 1))
+    def __init__(self, batch: Batch, block_size: int) -> None:
+        places_M = torch.arange(block_size, device=batch.anchors_BA.device)
+        rows_BAM = batch.anchors_BA[..., None] + 1 + places_M
+        self.starts_BA = batch.documents_BT.gather(1, batch.anchors_BA)
+        self.rows_BP = rows_BAM.clamp(max=batch.tokens_BT.shape[1] - 1).flatten(1)
+        anchors_BA1 = batch.positions_BT.gather(1, batch.anchors_BA)[..., None]
+        self.positions_BP = (anchors_BA1 + 1 + places_M).flatten(1)
+        self.valid_BAM = places_M < batch.places_BA[..., None]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -24,6 +25,7 @@ from idlm.model.files import replacing
 from idlm.training.acceptance import Acceptance, Evaluation
 from idlm.training.config import ConvertConfig
 from idlm.training.data import Batch, Corpus, Loader
+from idlm.training.lossless import LosslessObjective
 from idlm.training.objective import Objective
 from idlm.training.optimizer import MasterAdamW
 from idlm.training.parallel import ALONE, Parallel
@@ -126,7 +128,8 @@ class Trainer:
         self.parameters = sum(p.numel() for p in adapter.parameters())
         self.decoder = decoder
         self.adapter = adapter.to(device=self.device, dtype=dtype)
-        self.objective = Objective(decoder, self.adapter, config)
+        self.objective: Objective = LosslessObjective(decoder, self.adapter, config)
+        self.factors = torch.ones(len(self.objective.terms), device=self.device)
         self.optimizer = MasterAdamW(self.adapter, config, parallel)
         self.progress = Progress()
         self._stop = False
@@ -213,31 +216,35 @@ class Trainer:
         """One optimiser step.
 
         Returns:
-            On the device: mean loss, gradient norm, then summed acceptance at T=0 and at T=1
-            and the number of valid places, by place: ``[2 + 3 * M]`` fp32.
+            On the device: mean loss, gradient norm, the mean of every term, then summed acceptance
+            at T=0 and at T=1 and the number of valid places, by place: ``[2 + terms + 3 * M]``
+            fp32.
         """
-        c = self.config
+        c, terms = self.config, len(self.objective.terms)
         batch = self.loader.batch(self.progress.step).to(self.device)
-        weight = self.parallel.sum(self.objective.weight(batch)).clamp(min=1e-9)
-        totals = torch.zeros(1 + 3 * c.block_size, device=self.device)
+        weights = self.parallel.sum(self.objective.weights(batch)).clamp(min=1e-9)
+        totals = torch.zeros(terms + 3 * c.block_size, device=self.device)
         for part in batch.split(c.accumulate):
-            totals += self._backward(part, weight)
-        self.parallel.sum(totals)
+            totals += self._backward(part, weights)
+        means = self.parallel.sum(totals)[:terms]
+        loss = means @ self.factors
+        self.factors = self.objective.factors(means)
         norm = self.optimizer.step(self.progress.fraction(c), self.progress.step)
         self.progress.step += 1
-        self.progress.mask_rows += c.batch * c.anchors * c.block_size
-        return torch.cat((totals[:1], norm.view(1), totals[1:]))
+        self.progress.mask_rows += c.batch * c.anchors * self.objective.block_size
+        return torch.cat((torch.stack((loss, norm)), totals))
 
-    def _backward(self, batch: Batch, weight: torch.Tensor) -> torch.Tensor:
+    def _backward(self, batch: Batch, weights: torch.Tensor) -> torch.Tensor:
         outcome = self.objective(batch)
-        loss = outcome.loss / weight
-        loss.backward()
+        losses = outcome.losses / weights
+        (losses @ self.factors).backward()
         self.optimizer.collect()
         valid_BAM = outcome.valid_BAM
-        sums = [
-            (x * valid_BAM).sum((0, 1)).float() for x in (outcome.agree_BAM, outcome.overlap_BAM)
+        sums_M = [
+            F.pad((x * valid_BAM).sum((0, 1)), (0, self.config.block_size - valid_BAM.shape[-1]))
+            for x in (outcome.agree_BAM, outcome.overlap_BAM, torch.ones_like(outcome.agree_BAM))
         ]
-        return torch.cat((loss.detach().view(1).float(), *sums, valid_BAM.sum((0, 1)).float()))
+        return torch.cat((losses.detach(), *sums_M)).float()
 
     def _loop(self) -> None:
         c = self.config
@@ -290,7 +297,9 @@ class Trainer:
                 f"The loss is not a number within {len(pending)} steps before step "
                 f"{self.progress.step}; lower --lr and --head-lr, or set a longer --warmup."
             )
-        agree_M, overlap_M, valid_M = values[:, 2:].sum(0).view(3, -1)
+        terms = len(self.objective.terms)
+        means = values[:, 2 : 2 + terms].mean(0).tolist()
+        agree_M, overlap_M, valid_M = values[:, 2 + terms :].sum(0).view(3, -1)
         greedy, sampled = agree_M.sum() / valid_M.sum(), overlap_M.sum() / valid_M.sum()
         done = self.progress.fraction(self.config)
         rate = self.progress.mask_rows / max(self.progress.seconds, 1e-9)
@@ -300,6 +309,7 @@ class Trainer:
                 "progress": round(done, 4),
                 "seconds": round(self.progress.seconds, 2),
                 "loss": loss,
+                "terms": dict(zip(self.objective.terms, means, strict=True)),
                 "gradient_norm": norm,
                 "agree": (agree_M / valid_M.clamp(min=1)).tolist(),
                 "overlap": (overlap_M / valid_M.clamp(min=1)).tolist(),
