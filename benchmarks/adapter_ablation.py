@@ -24,6 +24,7 @@ from idlm.cli.synthesize import add_base_options, load_base
 from idlm.errors import InvalidRequestError
 from idlm.model.files import write_json
 from idlm.training.config import ConvertConfig
+from idlm.training.conversion import LosslessConversion
 from idlm.training.data import Corpus
 from idlm.training.trainer import Trainer
 
@@ -56,7 +57,10 @@ def main() -> None:
     results = []
     for name, config in configs.items():
         print(f"== {name}", file=sys.stderr)
-        report = Trainer(decoder, train, heldout, config, None, "ablation").run()
+        conversion = LosslessConversion(decoder, config, "ablation")
+        report = Trainer(conversion, train, heldout, config, None).run()
+        if report is None:
+            raise KeyboardInterrupt
         results.append(
             {
                 "variant": name,
@@ -67,7 +71,7 @@ def main() -> None:
                 "mask_rows": report.progress.mask_rows,
                 "seconds": report.progress.seconds,
                 "startup_seconds": report.progress.startup,
-                **report.acceptance.to_dict(),
+                **report.best.acceptance.to_dict(),
             }
         )
         if args.output is not None:

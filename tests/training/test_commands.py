@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from idlm.cli import convert, synthesize
 from idlm.errors import InvalidRequestError
 from idlm.model.adapter import load_adapter_config
+from idlm.model.checkpoint import load_config
 
 
 def run(*argv: str) -> None:
@@ -75,6 +76,19 @@ def test_convert_from_conversations(
         run("convert", str(model_dir), "-o", str(out), "--data", str(path), "--steps", "1")
 
 
+def test_convert_to_the_full_kind(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    run(
+        *("convert", str(model_dir), "-o", str(out), "--data", str(data_dir), "--kind", "full"),
+        *("--mask-token", "<|endoftext|>", "--steps", "4", "--batch", "2", "--length", "192"),
+        *("--anchors", "16", "--eval-rows", "2", "--log-every", "2", "--name", "tiny"),
+    )
+    assert load_config(out).mask_token_id == 0
+    assert "# I-DLM of tiny" in (out / "README.md").read_text()
+    written = yaml.safe_load((out / "train_config.yaml").read_text())
+    assert (written["kind"], written["block_size"]) == ("full", 3) and "rank" not in written
+
+
 def test_convert_synthesises_first(model_dir: Path, tmp_path: Path) -> None:
     settings = tmp_path / "settings.yaml"
     settings.write_text("steps: 9\nseed: 3\n")
@@ -91,6 +105,10 @@ def test_bad_input_is_refused_before_any_work(model_dir: Path, tmp_path: Path) -
     out = tmp_path / "out"
     with pytest.raises(InvalidRequestError, match="--minutes"):
         run("convert", str(model_dir), "-o", str(out))
+    with pytest.raises(InvalidRequestError, match="no free token"):
+        run("convert", str(model_dir), "-o", str(out), "--kind", "full", "--steps", "1")
+    with pytest.raises(InvalidRequestError, match="belongs to the full kind"):
+        run("convert", str(model_dir), "-o", str(out), "--clean-weight", "2", "--steps", "1")
     with pytest.raises(InvalidRequestError, match="device"):
         run("synthesize", str(model_dir), "-o", str(out), "--device", "cuda:77")
     with pytest.raises(InvalidRequestError, match="--max-answer"):

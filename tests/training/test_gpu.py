@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from idlm.model.config import ModelConfig, RopeConfig
 from idlm.model.decoder import Decoder
+from idlm.training.conversion import FullConversion
+from idlm.training.full import FullObjective
 from idlm.training.lossless import LosslessObjective
+from idlm.training.parallel import torchrun
 from idlm.training.sampler import BatchSampler, Limits, Script
 from idlm.training.slot_attention import SlotAttention
-from tests.training.test_objective import M, make_adapter, make_batch, make_config
+from idlm.training.trainer import Trainer
+from tests.training.test_objective import (
+    M,
+    make_adapter,
+    make_batch,
+    make_config,
+    make_corpus,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -72,6 +84,42 @@ def test_objective_value_and_gradient() -> None:
     torch.testing.assert_close(outcomes[1].losses.cpu(), outcomes[0].losses, rtol=1e-3, atol=0)
     assert (gradients[1] - gradients[0]).norm() < 1e-2 * gradients[0].norm()
     assert outcomes[0].valid_BAM.shape[-1] == M
+
+
+def test_full_objective_value_and_gradient() -> None:
+    decoder = make_decoder()
+    decoder.config = replace(decoder.config, mask_token_id=7)
+    config, batch = make_config(anchors=32), make_batch(anchors=32)
+    losses, gradients = [], []
+    for device in ("cpu", "cuda"):
+        decoder.to(device).zero_grad()
+        objective = FullObjective(decoder, config, torch.float32)
+        outcome = objective(batch.to(torch.device(device)))
+        outcome.losses.sum().backward()
+        losses.append(outcome.losses.cpu())
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in decoder.parameters()]))  # type: ignore[union-attr]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+    assert (gradients[1] - gradients[0]).norm() < 1e-2 * gradients[0].norm()
+
+
+def test_full_steps_in_bf16_follow_those_in_fp32() -> None:
+    """Sharded over one GPU, with compiled layers."""
+    corpus, curves = make_corpus(64), []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        config = make_config(kind="full", anchors=32, steps=10, lr=3e-3, warmup=0.2, eval_rows=2)
+        with torchrun(torch.device(device)):
+            conversion = FullConversion(
+                make_decoder().to(device),
+                config,
+                "random",
+                dtype=dtype,
+                mask_token_id=7,
+                source=Path("unused"),
+            )
+            trainer = Trainer(conversion, corpus, corpus, config, None)
+            curves.append(torch.stack([trainer.train_step()[0].cpu() for _ in range(10)]))
+    assert curves[0][-1] < 0.95 * curves[0][0]
+    torch.testing.assert_close(curves[1], curves[0], rtol=2e-2, atol=0)
 
 
 def test_captured_steps_sample_as_the_cpu_does() -> None:

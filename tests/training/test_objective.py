@@ -90,7 +90,7 @@ def make_batch(seed: int = 0, batch: int = 2, anchors: int = 6) -> Batch:
 
 
 def decode_time_hidden(
-    decoder: Decoder, adapter: Adapter, tokens_S: torch.Tensor, b: int
+    decoder: Decoder, adapter: Adapter | None, tokens_S: torch.Tensor, b: int
 ) -> torch.Tensor:
     """Hidden states of the mask rows when token ``b`` is pending, by the inference path."""
     c = decoder.config
@@ -171,6 +171,7 @@ def test_teacher_and_head_follow_the_geometry(decoder: Decoder, adapter: Adapter
     with torch.no_grad():
         h_MH = decode_time_hidden(decoder, adapter, tokens, b)
         told_MH = decoder.embed(tokens[b + 1 : b + 1 + M])
+        assert adapter.head is not None
         assert adapter.head is not None
         states_MH = unroll(adapter.head, h_MH[None], told_MH[None])[0]
         positions = torch.arange(b + 1 + M)[None]

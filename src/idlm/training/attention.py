@@ -1,4 +1,4 @@
-"""Attention of the two training passes: documents, then mask blocks over them.
+"""Attention in training: documents, and mask blocks over them.
 
 On CUDA FlexAttention, which skips what nobody sees; elsewhere the same visibility as a dense bias.
 """
@@ -45,6 +45,26 @@ def blocks_see(
         mask = key - length
         own = (mask >= block * block_size) & (mask <= row)
         return clean | own
+
+    return sees
+
+
+def joint_see(
+    documents_BT: torch.Tensor, anchors_BA: torch.Tensor, starts_BA: torch.Tensor, block_size: int
+) -> Sees:
+    """Clean rows (`documents_see`) and the mask rows behind them (`blocks_see`) in one pass."""
+    length = documents_BT.shape[1]
+    documents = documents_see(documents_BT)
+    blocks = blocks_see(anchors_BA, starts_BA, length, block_size)
+
+    def sees(
+        b: torch.Tensor, h: torch.Tensor, row: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        # Either function is asked about every row, so the index has to exist for both.
+        last = length - 1
+        clean = documents(b, h, row.clamp(max=last), key.clamp(max=last)) & (key < length)
+        masked = blocks(b, h, (row - length).clamp(min=0), key)
+        return torch.where(row < length, clean, masked)
 
     return sees
 
@@ -123,6 +143,28 @@ class BlockAttention:
         k_BSKD = torch.cat((self._documents.keys[layer], k_BRKD), dim=1)
         v_BSKD = torch.cat((self._documents.values[layer], v_BRKD), dim=1)
         return self._visibility.attend(q_BRQD, k_BSKD, v_BSKD)
+
+
+class JointAttention:
+    """Clean rows and the mask blocks over them in one pass, with gradients through both."""
+
+    def __init__(
+        self,
+        documents_BT: torch.Tensor,
+        anchors_BA: torch.Tensor,
+        starts_BA: torch.Tensor,
+        block_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        B, T = documents_BT.shape
+        rows = T + anchors_BA.shape[1] * block_size
+        sees = joint_see(documents_BT, anchors_BA, starts_BA, block_size)
+        self._visibility = Visibility(sees, rows, rows, B, documents_BT.device, dtype)
+
+    def __call__(
+        self, layer: int, q_BRQD: torch.Tensor, k_BRKD: torch.Tensor, v_BRKD: torch.Tensor
+    ) -> torch.Tensor:
+        return self._visibility.attend(q_BRQD, k_BRKD, v_BRKD)
 
 
 def _flex() -> Any:

@@ -1,4 +1,4 @@
-"""The README of a converted adapter: what it is, how it was made, what it reaches."""
+"""The README of a result of conversion: what it is, how it was made, what it reaches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import idlm
 from idlm.model.adapter import RESULTS_FILE
 from idlm.model.files import replacing, write_json
+from idlm.training.config import ConvertConfig
 from idlm.training.trainer import Report, Trainer
 
 CARD_FILE = "README.md"
@@ -18,21 +19,19 @@ CARD_FILE = "README.md"
 
 def write_card(folder: Path, trainer: Trainer, report: Report, command: str) -> None:
     """Write the card into ``folder``, and beside it its figures as JSON."""
-    write_json(folder / RESULTS_FILE, report.acceptance.to_dict())
+    write_json(folder / RESULTS_FILE, report.best.acceptance.to_dict())
     with replacing(folder / CARD_FILE) as temporary:
         temporary.write_text(_card(folder, trainer, report, command))
 
 
 def _card(folder: Path, trainer: Trainer, report: Report, command: str) -> str:
-    c, progress, acceptance = trainer.config, report.progress, report.acceptance
-    corpus = trainer.loader.corpus
+    c, progress, acceptance = trainer.config, report.progress, report.best.acceptance
+    corpus, conversion = trainer.loader.corpus, trainer.conversion
     sizes = {p.name: p.stat().st_size for p in sorted(folder.glob("*.safetensors"))}
-    sizes.pop("checkpoint.safetensors", None)
     lines = [
-        f"# Adapter for {trainer.adapter_config.base_model}",
+        f"# {conversion.title} {conversion.base_model}",
         "",
-        "Gated LoRA, mask embedding and recurrent sampler head of a lossless conversion: they "
-        "act on mask rows only, so the text stays the base model's own.",
+        conversion.summary,
         "",
         f"Made on {date.today().isoformat()} with idlm {idlm.__version__}, torch "
         f"{torch.__version__}, on {_hardware(trainer.device)}, by",
@@ -41,22 +40,17 @@ def _card(folder: Path, trainer: Trainer, report: Report, command: str) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        f"| data | {len(corpus)} documents, {len(corpus.tokens) / 1e6:.2f}M tokens, written by "
-        "the base model itself (`idlm synthesize`) |",
+        f"| data | {len(corpus)} documents, {len(corpus.tokens) / 1e6:.2f}M tokens |",
         f"| steps | {progress.step} of {c.batch} rows x {c.length} tokens, "
-        f"{c.batch * c.anchors} blocks of {c.block_size} masks each |",
+        f"{c.batch * c.anchors} blocks of {c.block_size} masks each; the weights are those of "
+        f"step {report.best.step} |",
         f"| training time | {progress.seconds / 60:.1f} min, and {progress.startup:.0f} s for "
         f"the first step; {trainer.parallel.world} processes |",
-        f"| objective | KL to the base model, total variation x {c.tv_weight}, place decay "
-        f"{c.place_decay}, survival weights {'on' if c.survival else 'off'}, visit weights "
-        f"{'on' if c.visits else 'off'}, head-free loss x "
-        f"{c.marginal_weight} |",
-        f"| LoRA | rank {c.rank}, alpha {c.alpha}, on {', '.join(c.projections)} |",
-        f"| sampler head | {c.head_depth} x width {c.head_width} |",
+        *_settings(c),
         f"| trained parameters | {report.parameters / 1e6:.2f}M |",
         *(f"| {name} | {size / 1e6:.1f} MB |" for name, size in sizes.items()),
         "",
-        "On held-out documents of the base model, drafts accepted by place in the block:",
+        "On held-out documents, drafts accepted by place in the block:",
         "",
         "| place | " + " | ".join(str(j + 1) for j in range(c.block_size)) + " |",
         "| --- |" + " --- |" * c.block_size,
@@ -69,6 +63,24 @@ def _card(folder: Path, trainer: Trainer, report: Report, command: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _settings(c: ConvertConfig) -> list[str]:
+    """The settings that only the kind of conversion has."""
+    if c.kind == "full":
+        balance = "balanced" if c.clean_weight is None else f"x {c.clean_weight}"
+        return [
+            f"| objective | cross-entropy of masks, and of clean rows {balance}, place decay "
+            f"{c.place_decay}, shorter blocks for {100 * c.curriculum:.0f}% of the run |"
+        ]
+    return [
+        f"| objective | KL to the base model, total variation x {c.tv_weight}, place decay "
+        f"{c.place_decay}, survival weights {'on' if c.survival else 'off'}, visit weights "
+        f"{'on' if c.visits else 'off'}, head-free loss x "
+        f"{c.marginal_weight} |",
+        f"| LoRA | rank {c.rank}, alpha {c.alpha}, on {', '.join(c.projections)} |",
+        f"| sampler head | {c.head_depth} x width {c.head_width} |",
+    ]
 
 
 def _hardware(device: torch.device) -> str:

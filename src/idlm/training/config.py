@@ -12,29 +12,49 @@ from idlm.errors import InvalidRequestError, ResourceError
 
 # The command line builds its options from this module, so it imports nothing that needs torch.
 
+# Settings that only one kind of conversion has.
+ONLY = {
+    "lossless": (
+        *("rank", "alpha", "projections", "head_width", "head_depth", "head_lr", "tv_weight"),
+        *("survival", "visits", "marginal_weight"),
+    ),
+    "full": ("clean_weight", "mask_token"),
+}
+# Where a kind needs another value than the lossless one: the paper's (arXiv 2604.11035, section 3).
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "lossless": {},
+    "full": {"lr": 1e-5, "block_size": 3, "curriculum": 0.5},
+}
+# Blocks of so many masks come before the full size in the curriculum.
+EARLY_BLOCKS = (1, 2, 3)
+
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Everything that decides how an adapter is trained (the lossless kind).
+    """Everything that decides how a model is converted.
 
     Attributes:
+        kind: lossless: gated LoRA, mask embedding and sampler head over frozen weights; full: all
+            weights, masks and clean rows.
         rank: rank of the LoRA.
         alpha: the LoRA's update is scaled by ``alpha / rank``.
         projections: fused projections that carry a LoRA (keys of `FUSED_MODULES`).
         head_width: inner width of the sampler head's blocks.
         head_depth: blocks of the sampler head.
         block_size: masks per block, ``m``: the longest stride served well is ``m + 1``.
+        curriculum: share of the run that blocks of 1, 2 and 3 masks take, in equal parts, before
+            those of ``block_size``; 0: none.
         batch: packed rows per optimiser step.
         length: tokens per packed row.
         anchors: mask blocks per packed row.
         accumulate: passes that a step's rows are split into (more need less memory).
         steps: optimiser steps; None: until ``minutes`` are over.
         minutes: training time, compilation left out; None: ``steps`` decides alone.
-        lr: peak learning rate of LoRA and mask embedding (cosine to zero).
+        lr: peak learning rate (cosine to zero) of all that has no other.
         head_lr: peak learning rate of the sampler head.
         warmup: share of the run in which the learning rate rises.
         weight_decay: AdamW's.
-        clip: largest norm of the gradient of the LoRA, the mask embedding and the head each.
+        clip: largest norm of the gradient (of the LoRA, the mask embedding and the head each).
         ema: decay of the weights' moving average, which is what is saved; 0: off.
         tv_weight: weight of the total-variation term beside the KL divergence.
         place_decay: weight of place ``j`` of a block is ``place_decay ** (j - 1)``.
@@ -43,6 +63,9 @@ class ConvertConfig:
             where the token before the block is hard to guess.
         marginal_weight: weight of the loss on the logits without the sampler head, which pick
             the candidates that the head rescores.
+        clean_weight: weight of the clean rows' loss beside that of the masks; None: balanced, so
+            that both count the same.
+        mask_token: token whose embedding stands for a mask; None: a free one of the vocabulary.
         log_every: steps between log lines.
         eval_every: steps between evaluations on the held-out documents.
         eval_rows: packed rows in one evaluation.
@@ -50,12 +73,14 @@ class ConvertConfig:
         seed: of data order, anchors and initial weights.
     """
 
+    kind: str = "lossless"
     rank: int = 24
     alpha: float = 48.0
     projections: tuple[str, ...] = ("qkv", "o", "gate_up", "down")
     head_width: int = 960
     head_depth: int = 2
     block_size: int = 7
+    curriculum: float = 0.0
     batch: int = 32
     length: int = 1024
     anchors: int = 256
@@ -73,6 +98,8 @@ class ConvertConfig:
     survival: bool = True
     visits: bool = False
     marginal_weight: float = 0.1
+    clean_weight: float | None = None
+    mask_token: str | None = None
     log_every: int = 20
     eval_every: int = 500
     eval_rows: int = 64
@@ -82,6 +109,7 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         from idlm.model.adapter import FUSED_MODULES
 
+        _require(self.kind in DEFAULTS, "kind", self.kind, f"one of {', '.join(DEFAULTS)}")
         # YAML has lists only.
         object.__setattr__(self, "projections", tuple(self.projections))
         positive = (
@@ -109,7 +137,8 @@ class ConvertConfig:
         _require(1 <= self.block_size <= 15, "block_size", self.block_size, "from 1 to 15")
         for name in ("lr", "head_lr", "weight_decay", "tv_weight", "marginal_weight"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("warmup", "ema"):
+        _require((self.clean_weight or 0) >= 0, "clean_weight", self.clean_weight, "0 or more")
+        for name in ("warmup", "ema", "curriculum"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         unknown = set(self.projections) - FUSED_MODULES.keys()
         _require(not unknown, "projections", self.projections, f"out of {list(FUSED_MODULES)}")
@@ -138,8 +167,15 @@ class ConvertConfig:
             raise InvalidRequestError(
                 f"Unknown setting {unknown[0]!r}; the settings are {', '.join(sorted(known))}."
             )
+        kind = values.get("kind", cls.kind)
+        for other, names in ONLY.items():
+            if other != kind and (alien := sorted(values.keys() & set(names))):
+                raise InvalidRequestError(
+                    f"Setting {alien[0]} belongs to the {other} kind, not to {kind!r}; leave it "
+                    f"out, or set kind to {other}."
+                )
         try:
-            return cls(**values)
+            return cls(**(DEFAULTS.get(kind, {}) | values))
         except TypeError as error:
             raise InvalidRequestError(f"A setting has the wrong type: {error}.") from error
 
@@ -150,6 +186,13 @@ class ConvertConfig:
         items = re.findall(r"^ {8}(\w+): (.+?)(?=^ {8}\w|\Z)", text, re.DOTALL | re.MULTILINE)
         return {name: " ".join(meaning.split()) for name, meaning in items}
 
+    def masks_at(self, progress: float) -> int:
+        """Masks per block when the share ``progress`` of the run is done."""
+        early = [size for size in EARLY_BLOCKS if size < self.block_size]
+        if progress >= self.curriculum or not early:
+            return self.block_size
+        return early[int(progress / self.curriculum * len(early))]
+
     def with_(self, **changes: Any) -> ConvertConfig:
         """A copy with some fields changed."""
         return replace(self, **changes)
@@ -159,6 +202,9 @@ class ConvertConfig:
         from idlm.model.files import replacing
 
         values = asdict(self) | {"projections": list(self.projections)}
+        for kind, names in ONLY.items():
+            if kind != self.kind:
+                values = {name: v for name, v in values.items() if name not in names}
         with replacing(path) as temporary:
             temporary.write_text(_yaml().safe_dump(values, sort_keys=False))
 

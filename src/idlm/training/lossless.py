@@ -27,7 +27,7 @@ class LosslessObjective:
     The decoder's parameters are frozen. On CUDA its layers are compiled in place, once for all.
     """
 
-    terms = ("divergence",)
+    terms: tuple[str, ...] = ("divergence",)
 
     def __init__(self, decoder: Decoder, adapter: Adapter, config: ConvertConfig) -> None:
         self.decoder, self.adapter, self.config = decoder, adapter, config

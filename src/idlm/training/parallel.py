@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from idlm.model.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,14 @@ class Parallel:
         if self.world > 1:
             dist.all_reduce(torch.zeros(1))
 
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All processes in a row; a process that is alone forms a group of one."""
+        if not dist.is_initialized():
+            dist.init_process_group(
+                _backend(device), store=dist.HashStore(), rank=self.rank, world_size=self.world
+            )
+        return init_device_mesh(device.type, (self.world,))
+
 
 ALONE = Parallel()
 
@@ -66,18 +78,40 @@ ALONE = Parallel()
 @contextmanager
 def torchrun(device: torch.device) -> Iterator[Parallel]:
     """Join the processes that torchrun started; alone if it did not start this one."""
-    if "WORLD_SIZE" not in os.environ:
-        yield ALONE
-        return
-    # CPU tensors carry what the host decides, without waiting for the device.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend)
+    parallel = ALONE
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(_backend(device))
+        parallel = Parallel(dist.get_rank(), dist.get_world_size())
     try:
-        yield Parallel(dist.get_rank(), dist.get_world_size())
+        yield parallel
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def local_rank() -> int:
     """Number of this process on its host: the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def shard(decoder: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Spread the weights, gradients and optimizer state of ``decoder`` over the mesh (FSDP2).
+
+    Every layer is gathered in ``dtype`` when it runs; embedding, last norm and output layer with
+    the first forward of a step, and they stay until its backward pass is over, since the loss uses
+    them too. Gradients are added up in fp32, not averaged: the loss is already a share of that of
+    the whole batch.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for module in (*decoder.layers, decoder):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        assert isinstance(module, FSDPModule)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+
+
+def _backend(device: torch.device) -> str:
+    # CPU tensors carry what the host decides, without waiting for the device.
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -1,38 +1,33 @@
-"""The training run: steps, schedule, evaluation, checkpoints, log and the finished adapter."""
+"""The training run: steps, schedule, evaluation, checkpoints and the best result."""
 
 from __future__ import annotations
 
 import json
 import math
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from idlm.errors import CheckpointError, IdlmError, InvalidRequestError, ResourceError
-from idlm.model.adapter import Adapter, AdapterConfig
-from idlm.model.decoder import Decoder
-from idlm.model.files import replacing
+from idlm.model.files import write_safetensors
+from idlm.training import run_state
 from idlm.training.acceptance import Acceptance, Evaluation
 from idlm.training.config import ConvertConfig
+from idlm.training.conversion import Conversion
 from idlm.training.data import Batch, Corpus, Loader
-from idlm.training.lossless import LosslessObjective
-from idlm.training.objective import Objective
-from idlm.training.optimizer import MasterAdamW
+from idlm.training.log import RunLog
 from idlm.training.parallel import ALONE, Parallel
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 CONFIG_FILE = "train_config.yaml"
-LOG_FILE = "train_log.jsonl"
+NAN_FILE = "nan_batch.safetensors"
 # A checkpoint continues a run only if these settings are unchanged: all but the pace of reports.
 FREE_SETTINGS = ("log_every", "eval_every", "eval_rows", "save_every", "accumulate")
 
@@ -61,35 +56,54 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The best weights so far: those of the result on disk.
+
+    Attributes:
+        step: optimiser steps done by then.
+        acceptance: on the held-out documents.
+    """
+
+    step: int
+    acceptance: Acceptance
+
+    @property
+    def score(self) -> float:
+        """Mean tokens per forward over temperatures and strides.
+
+        For blocks too short for those strides the mean acceptance.
+        """
+        a = self.acceptance
+        return fmean(a.tpf.values() if a.tpf else (*a.greedy, *a.sampled))
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a run reached."""
+    """What a finished run reached."""
 
     progress: Progress
-    acceptance: Acceptance
+    best: Best
     parameters: int
-    finished: bool
 
 
 class Trainer:
-    """Trains one adapter for a frozen decoder.
+    """Runs a conversion.
 
     Args:
-        decoder: the base model on its device, in the dtype to compute in.
-        train, heldout: documents of the base model.
-        out: folder for checkpoints and log; None: keep nothing (ablations).
-        base_model: name of the base model, for the adapter's card.
-        parallel: this process among those that train together. All hold the whole adapter, each
-            trains on its share of every batch.
+        conversion: the model in training.
+        train, heldout: documents.
+        out: folder for the result, checkpoints and log; None: keep nothing (ablations).
+        parallel: this process among those that train together; each trains on its share of
+            every batch.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        conversion: Conversion,
         train: Corpus,
         heldout: Corpus,
         config: ConvertConfig,
         out: Path | None,
-        base_model: str,
         parallel: Parallel = ALONE,
     ) -> None:
         if config.batch % (parallel.world * config.accumulate):
@@ -99,7 +113,8 @@ class Trainer:
                 f"{parallel.world * config.accumulate}."
             )
         self.config, self.out, self.parallel = config, out, parallel
-        self.device, dtype = decoder.embed.weight.device, decoder.embed.weight.dtype
+        self.conversion, self.device = conversion, conversion.device
+        self.objective, self.optimizer = conversion.objective, conversion.optimizer
         shape: dict[str, Any] = {
             "length": config.length,
             "anchors": config.anchors,
@@ -109,34 +124,18 @@ class Trainer:
         self.loader = Loader(train, batch=config.batch, parallel=parallel, **shape)
         rows = config.batch // config.accumulate // parallel.world
         self.evaluation = Evaluation(heldout, rows=config.eval_rows, batch=rows, **shape)
-        self.adapter_config = AdapterConfig(
-            rank=config.rank,
-            alpha=config.alpha,
-            projections=config.projections,
-            block_size=config.block_size,
-            head_width=config.head_width,
-            head_depth=config.head_depth,
-            base_fingerprint=decoder.config.fingerprint(),
-            base_model=base_model,
-        )
-        torch.manual_seed(config.seed)
-        adapter = Adapter(self.adapter_config, decoder.config)
-        # A mask enters the residual stream at the scale of a token: much smaller, and its
-        # gradient (through the first norm) would be as much too large.
-        scale = decoder.embed.weight.float().square().mean().sqrt()
-        torch.nn.init.normal_(adapter.mask_embedding, std=scale.item())
-        self.parameters = sum(p.numel() for p in adapter.parameters())
-        self.decoder = decoder
-        self.adapter = adapter.to(device=self.device, dtype=dtype)
-        self.objective: Objective = LosslessObjective(decoder, self.adapter, config)
         self.factors = torch.ones(len(self.objective.terms), device=self.device)
-        self.optimizer = MasterAdamW(self.adapter, config, parallel)
         self.progress = Progress()
+        self.best: Best | None = None
+        self.log = RunLog(out, parallel.main)
+        self._evaluated: int | None = None
         self._stop = False
 
-    def run(self) -> Report:
-        """Train to the end, or until SIGTERM or SIGINT, and leave a checkpoint.
+    def run(self) -> Report | None:
+        """Train to the end and leave a checkpoint; the result in ``out`` is the best one.
 
+        Returns:
+            None if SIGTERM or SIGINT stopped the run: it can be continued from its checkpoint.
         Raises:
             IdlmError: the loss is no longer a number.
             ResourceError: the device is out of memory.
@@ -144,22 +143,26 @@ class Trainer:
         if self.out is not None and self.parallel.main:
             self.out.mkdir(parents=True, exist_ok=True)
             self.config.save(self.out / CONFIG_FILE)
-        self._say(
-            f"training {self.parameters / 1e6:.2f}M parameters on {len(self.loader.corpus)} "
-            f"documents ({len(self.loader.corpus.tokens) / 1e6:.2f}M tokens, "
+        corpus = self.loader.corpus
+        self.log.say(
+            f"training {self.conversion.parameters / 1e6:.2f}M parameters on {len(corpus)} "
+            f"documents ({len(corpus.tokens) / 1e6:.2f}M tokens, "
             f"{100 * self.loader.padding:.1f}% padding), {self.loader.batches_per_epoch} steps "
             "per epoch"
         )
         try:
-            with self._stop_on_signals():
+            with self._stop_on_signals(), self.log.bar():
                 self._loop()
-            acceptance = self.evaluate()
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"The device is out of memory ({str(error).split('.')[0]}); raise --accumulate "
                 "or lower --batch, --anchors or --length."
             ) from error
-        return Report(self.progress, acceptance, self.parameters, not self._stop)
+        finally:
+            self.log.close()
+        if self._stop or self.best is None:
+            return None
+        return Report(self.progress, self.best, self.conversion.parameters)
 
     def resume(self) -> bool:
         """Continue from the checkpoint in ``out``, if there is one.
@@ -167,50 +170,55 @@ class Trainer:
         Raises:
             CheckpointError: it is damaged or belongs to a run with other settings.
         """
-        path = None if self.out is None else self.out / CHECKPOINT_FILE
-        if path is None or not path.exists():
+        folder = None if self.out is None else run_state.newest(self.out)
+        if folder is None:
             return False
-        try:
-            with safe_open(path, "pt") as file:
-                state = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); delete it to begin again."
-            ) from error
+        facts = run_state.read_facts(folder)
         for name, value in self._identity().items():
-            if state["config"].get(name) != value:
+            if facts["config"].get(name) != value:
                 raise CheckpointError(
-                    f"{path} belongs to a run with {name} = {state['config'].get(name)}, not "
+                    f"{folder} belongs to a run with {name} = {facts['config'].get(name)}, not "
                     f"{value}; give that value, or another output folder."
                 )
-        self.optimizer.load(tensors)
-        self.progress = Progress(**state["progress"])
+        run_state.read_tensors(folder, self._tensors())
+        self.progress = Progress(**facts["progress"])
+        self.optimizer.restored(self.progress.step)
+        if facts["best"] is not None:
+            a = facts["best"]["acceptance"]
+            acceptance = Acceptance(tuple(a["greedy"]), tuple(a["sampled"]), a["tpf"])
+            self.best = Best(facts["best"]["step"], acceptance)
         return True
 
     def evaluate(self) -> Acceptance:
-        """Acceptance of the current weights on the held-out documents."""
-        acceptance = self.evaluation.measure(self.objective, self.device)
-        self._log({"step": self.progress.step, "acceptance": acceptance.to_dict()})
-        self._say(f"step {self.progress.step}  {acceptance.line()}")
-        return acceptance
+        """Acceptance of the current weights (their average) on the held-out documents.
 
-    def finished_adapter(self) -> Adapter:
-        """The trained weights (their average, if one is kept) in bf16, on the CPU."""
-        adapter = Adapter(self.adapter_config, self.decoder.config)
-        with torch.no_grad():
-            for name, parameter in adapter.named_parameters():
-                parameter.copy_(self.optimizer.averages[name])
-        return adapter.to(torch.bfloat16)
+        If they are the best so far, they become the result in ``out``.
+        """
+        self.objective.block_size = self.config.block_size
+        with self.optimizer.averaged():
+            acceptance = self.evaluation.measure(self.objective, self.device)
+        self.log.record(self.progress.step, {"acceptance": acceptance.to_dict()})
+        self.log.say(f"step {self.progress.step}  {acceptance.line()}")
+        self._evaluated = self.progress.step
+        now = Best(self.progress.step, acceptance)
+        # Processes may differ in the last digit, and all have to decide alike.
+        (better,) = self.parallel.of_main([self.best is None or now.score > self.best.score])
+        if better:
+            self.best = now
+            if self.out is not None:
+                self.conversion.save(self.out)
+        return acceptance
 
     def save_checkpoint(self) -> None:
         """Write the state of the run to ``out``, atomically."""
-        if self.out is None or not self.parallel.main:
+        if self.out is None:
             return
-        state = {"config": self._identity(), "progress": asdict(self.progress)}
-        tensors = {n: t.detach().cpu().contiguous() for n, t in self.optimizer.state().items()}
-        with replacing(self.out / CHECKPOINT_FILE) as temporary:
-            save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+        facts = {
+            "config": self._identity(),
+            "progress": asdict(self.progress),
+            "best": None if self.best is None else asdict(self.best),
+        }
+        run_state.save(self.out, self.progress.step, self._tensors(), facts, self.parallel)
 
     def train_step(self) -> torch.Tensor:
         """One optimiser step.
@@ -221,6 +229,7 @@ class Trainer:
             fp32.
         """
         c, terms = self.config, len(self.objective.terms)
+        self.objective.block_size = c.masks_at(self.progress.fraction(c))
         batch = self.loader.batch(self.progress.step).to(self.device)
         weights = self.parallel.sum(self.objective.weights(batch)).clamp(min=1e-9)
         totals = torch.zeros(terms + 3 * c.block_size, device=self.device)
@@ -266,10 +275,10 @@ class Trainer:
             if any(pause.values()):
                 self._report(pending, since)
                 pending = []
-                if pause["save"]:
-                    self.save_checkpoint()
                 if pause["evaluate"]:
                     self.evaluate()
+                if pause["save"]:
+                    self.save_checkpoint()
                 since = time.monotonic()
             elif c.minutes is not None:
                 # The schedule follows the clock between the reports too.
@@ -279,6 +288,9 @@ class Trainer:
         if pending:
             self._report(pending, since)
         self.save_checkpoint()
+        if not self._stop and self._evaluated != self.progress.step:
+            self.evaluate()
+            self.save_checkpoint()
 
     def _goes_on(self) -> bool:
         """Whether there is another step; the main process's clock and signals decide for all."""
@@ -293,19 +305,17 @@ class Trainer:
         self.progress.seconds = before + time.monotonic() - since
         loss, norm = values[:, 0].mean().item(), values[-1, 1].item()
         if not math.isfinite(values[:, :2].sum().item()):
-            raise IdlmError(
-                f"The loss is not a number within {len(pending)} steps before step "
-                f"{self.progress.step}; lower --lr and --head-lr, or set a longer --warmup."
-            )
+            self._fail_at_nan(values)
         terms = len(self.objective.terms)
         means = values[:, 2 : 2 + terms].mean(0).tolist()
         agree_M, overlap_M, valid_M = values[:, 2 + terms :].sum(0).view(3, -1)
         greedy, sampled = agree_M.sum() / valid_M.sum(), overlap_M.sum() / valid_M.sum()
         done = self.progress.fraction(self.config)
+        self.log.advance(done)
         rate = self.progress.mask_rows / max(self.progress.seconds, 1e-9)
-        self._log(
+        self.log.record(
+            self.progress.step,
             {
-                "step": self.progress.step,
                 "progress": round(done, 4),
                 "seconds": round(self.progress.seconds, 2),
                 "loss": loss,
@@ -313,31 +323,41 @@ class Trainer:
                 "gradient_norm": norm,
                 "agree": (agree_M / valid_M.clamp(min=1)).tolist(),
                 "overlap": (overlap_M / valid_M.clamp(min=1)).tolist(),
-            }
+            },
         )
-        self._say(
+        self.log.say(
             f"step {self.progress.step}  {100 * done:.1f}%  loss {loss:.4f}  "
             f"argmax {greedy:.3f}  overlap {sampled:.3f}  norm {norm:.2f}  "
             f"{rate / 1e3:.1f}k masks/s"
         )
 
+    def _fail_at_nan(self, values: torch.Tensor) -> None:
+        """Write out the batch of the first of the last steps (their losses and norms) to fail."""
+        failed = ~values[:, :2].sum(1).isfinite()
+        step = self.progress.step - len(values) + int(failed.nonzero()[0])
+        where = ""
+        if self.out is not None:
+            path = self.out / (
+                NAN_FILE if self.parallel.main else f"{self.parallel.rank}-{NAN_FILE}"
+            )
+            write_safetensors(path, vars(self.loader.batch(step)))
+            where = f" (its batch is in {path})"
+        raise IdlmError(
+            f"The loss is not a number in step {step}{where}; lower --lr and --head-lr, or set a "
+            "longer --warmup."
+        )
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {"factors": self.factors, **self.optimizer.state()}
+
     def _identity(self) -> dict[str, Any]:
         config = json.loads(json.dumps(asdict(self.config)))
         identity = {k: v for k, v in config.items() if k not in FREE_SETTINGS}
-        return identity | {"base_fingerprint": self.adapter_config.base_fingerprint}
+        return identity | {"base_fingerprint": self.conversion.base_fingerprint}
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _log(self, record: dict[str, Any]) -> None:
-        if self.out is not None and self.parallel.main:
-            with (self.out / LOG_FILE).open("a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def _say(self, line: str) -> None:
-        if self.parallel.main:
-            print(line, file=sys.stderr, flush=True)
 
     @contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
