@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 
 import idlm
-from idlm.cli import chat, convert, generate, info, serve, synthesize
+from idlm.cli import bench, chat, convert, generate, info, serve, synthesize
 from idlm.errors import IdlmError
 
 # Each has `add_parser(subparsers)`, which names its own `run(args)`, and imports torch only there.
-COMMANDS = (generate, chat, serve, info, synthesize, convert)
+COMMANDS = (generate, chat, serve, bench, info, synthesize, convert)
 
 INTERRUPTED = 130
 
