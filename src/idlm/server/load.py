@@ -39,6 +39,7 @@ class Target:
     Attributes:
         url: with or without ``/v1``.
         model: None: the first that the server lists.
+        variants: so many different requests, over and over; None: no two have the same seed.
         extra: further fields of the body.
     """
 
@@ -49,6 +50,7 @@ class Target:
     max_tokens: int = 64
     temperature: float = 0.0
     seed: int = 0
+    variants: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     timeout: float = 300.0
 
@@ -82,7 +84,8 @@ class Sample:
     """One request; times in seconds by `time.perf_counter`.
 
     Attributes:
-        number: from 0; request ``i`` has prompt ``i`` (in turn) and seed ``seed + i``.
+        number: from 0, or that of the variant; request ``i`` has prompt ``i`` (in turn) and seed
+            ``seed + i``.
         first, last: when the first and last piece of text came.
         tokens: as the server says, or the number of pieces if it says nothing.
         error: None, or what went wrong.
@@ -261,7 +264,8 @@ class Load:
             over = end is not None and time.perf_counter() >= end
             if over or (pattern.requests is not None and count >= pattern.requests):
                 return
-            yield next(self._numbers)
+            number = next(self._numbers)
+            yield number % self._target.variants if self._target.variants else number
 
     def _patience(self, pattern: Pattern) -> int | None:
         """Pieces of text after which the client leaves; None: it stays."""
