@@ -33,6 +33,8 @@ class SamplingParams:
         max_tokens: tokens to generate at most; None: up to the end of the context.
         logprobs: return the log-probabilities of the chosen token and of this many likeliest
             ones, under the model's own distribution (before any of the above); None: none.
+        json_schema: the text is JSON of this schema, in the form of `json.dumps`.
+        regex: the text as a whole matches this regular expression.
     """
 
     temperature: float = 1.0
@@ -49,6 +51,8 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int | None = 16
     logprobs: int | None = None
+    json_schema: Mapping[str, Any] | None = None
+    regex: str | None = None
 
     def __post_init__(self) -> None:
         self._number("temperature", 0, math.inf)
@@ -71,6 +75,10 @@ class SamplingParams:
                 )
         if any(not isinstance(s, str) or not s for s in self.stop_strings):
             raise InvalidRequestError("stop takes one or more non-empty strings.")
+        if self.json_schema is not None and self.regex is not None:
+            raise InvalidRequestError("Give json_schema or regex, not both.")
+        if self.constrained and self.ignore_eos:
+            raise InvalidRequestError("A text with a json_schema or regex must end: no ignore_eos.")
 
     @property
     def greedy(self) -> bool:
@@ -81,6 +89,11 @@ class SamplingParams:
     def penalised(self) -> bool:
         """Whether earlier tokens change the logits of later ones."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar says which tokens may come."""
+        return self.json_schema is not None or self.regex is not None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

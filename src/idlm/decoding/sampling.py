@@ -29,6 +29,8 @@ class Sampling:
         prompt_BV: bool, tokens that stand in the prompt.
         counts_BV: fp32, occurrences in the output so far.
         bias_BV: fp32.
+        allowed_BNV: bool, tokens that a grammar lets follow each of the model's own rows; set anew
+            for every forward.
     """
 
     seed_B: torch.Tensor
@@ -45,6 +47,7 @@ class Sampling:
     prompt_BV: torch.Tensor | None = None
     counts_BV: torch.Tensor | None = None
     bias_BV: torch.Tensor | None = None
+    allowed_BNV: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -100,8 +103,8 @@ class Sampling:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether a request has penalties or a bias."""
-        return self.counts_BV is not None or self.bias_BV is not None
+        """Whether a request has penalties, a bias or a grammar."""
+        return any(x is not None for x in (self.counts_BV, self.bias_BV, self.allowed_BNV))
 
     def commit(self, tokens_BN: torch.Tensor, num_tokens_B: torch.Tensor) -> None:
         """Count the first ``num_tokens_B`` of ``tokens_BN`` as output."""
@@ -120,7 +123,9 @@ def adjusted_logits(
     drafts_BRE: torch.Tensor,
     ids_BRX: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits after penalties and bias, fp32: all that can change their order.
+    """Logits after penalties, bias and grammar, fp32: all that can change their order.
+
+    A grammar restricts the model's own rows (the whole vocabulary) only, not proposals.
 
     Args:
         logits_BRX: the model's logits, of the whole vocabulary or of the tokens ``ids_BRX``.
@@ -131,6 +136,9 @@ def adjusted_logits(
         logits_BRX = _penalised(logits_BRX, sampling, drafts_BRE, ids_BRX)
     if sampling.bias_BV is not None:
         logits_BRX = logits_BRX + _select(sampling.bias_BV, ids_BRX)
+    if sampling.allowed_BNV is not None and ids_BRX is None:
+        rows = logits_BRX.shape[1]  # one where nobody has drafts
+        logits_BRX = logits_BRX.masked_fill(~sampling.allowed_BNV[:, :rows], -torch.inf)
     return logits_BRX
 
 

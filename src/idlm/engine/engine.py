@@ -13,6 +13,8 @@ import torch
 from idlm.decoding.cycle import Method, Outcome, State, decode, prefill
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.sampling import Sampling
+from idlm.decoding.verify import Drafts
+from idlm.engine.grammar import grammars_of
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.request import Logprob, Phase, Request, Source
 from idlm.errors import InvalidRequestError
@@ -39,6 +41,7 @@ class Engine:
         self.context = config.max_position_embeddings
         self.max_batch = max_batch
         self._eos = frozenset(config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
+        self._grammars = grammars_of(tokenizer, config.vocab_size, self._eos)
         self._cache = KVCache(config, device, dtype)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -67,6 +70,7 @@ class Engine:
                     f"Token id {token} in logit_bias or stop_token_ids is not in the vocabulary "
                     f"(0 to {vocab - 1})."
                 )
+        self._grammars.start(params)
 
     def add(self, prompt_token_ids: list[int], params: SamplingParams) -> Request:
         """Queue a request.
@@ -83,6 +87,7 @@ class Engine:
             self.tokenizer,
             self._eos,
             self.context,
+            self._grammars.start(params),
         )
         self._waiting.append(request)
         return request
@@ -127,12 +132,14 @@ class Engine:
         length = len(request.prompt_token_ids) + request.max_tokens + self.method.layout.num_rows
         self._cache.ensure(slot + 1, length)
         request.phase, request.started = Phase.RUNNING, time.perf_counter()
+        sampling = self._sampling_of([request])
+        self._restrict(sampling, [request], Drafts.none(1, self.device))
         outcome = prefill(
             self.method,
             self._cache.k_LBKSD[:, slot : slot + 1],
             self._cache.v_LBKSD[:, slot : slot + 1],
             torch.tensor([request.prompt_token_ids], device=self.device),
-            self._sampling_of([request]),
+            sampling,
         )
         self._running.append(request)
         parts = [outcome.state] if self._state is None else [self._state, outcome.state]
@@ -144,6 +151,7 @@ class Engine:
         assert self._state is not None
         if self._sampling is None:
             self._sampling = self._sampling_of(self._running)
+        self._restrict(self._sampling, self._running, self._state.drafts)
         n = len(self._running)
         outcome = decode(
             self.method,
@@ -166,6 +174,17 @@ class Engine:
             self.method.decoder.config.vocab_size,
             self.device,
         )
+
+    def _restrict(self, sampling: Sampling, requests: list[Request], drafts: Drafts) -> None:
+        """Let grammars say what may follow each of the model's own rows of this forward."""
+        if not any(r.params.constrained for r in requests):
+            return
+        tokens, counts = drafts.tokens_BM.tolist(), drafts.count_B.tolist()
+        sampling.allowed_BNV = self._grammars.allowed(
+            [r.grammar for r in requests],
+            [t[:count] for t, count in zip(tokens, counts, strict=True)],
+            rows=drafts.tokens_BM.shape[1] + 1,
+        ).to(self.device)
 
     def _commit(self, requests: list[Request], outcome: Outcome) -> None:
         """Give every request its new tokens, up to the one that ends it."""

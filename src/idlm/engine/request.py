@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from idlm.decoding.metrics import DecodeStats
 from idlm.decoding.params import SamplingParams
+from idlm.engine.grammar import Grammar
 from idlm.model.tokenizer import Detokenizer, Tokenizer
 
 
@@ -60,6 +61,7 @@ class Request:
     max_tokens: int
     stop_token_ids: frozenset[int]
     detokenizer: Detokenizer
+    grammar: Grammar | None = None
     phase: Phase = Phase.WAITING
     token_ids: list[int] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
@@ -80,6 +82,7 @@ class Request:
         tokenizer: Tokenizer,
         eos_token_ids: frozenset[int],
         context: int,
+        grammar: Grammar | None = None,
     ) -> Request:
         """A waiting request; ``context`` is the longest prompt and output together."""
         room = context - len(prompt_token_ids)
@@ -92,6 +95,7 @@ class Request:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             stop_token_ids=own_stops if params.ignore_eos else own_stops | eos_token_ids,
             detokenizer=Detokenizer(tokenizer),
+            grammar=grammar,
         )
 
     @property
@@ -108,6 +112,8 @@ class Request:
         if token in self.stop_token_ids:
             self._end(FinishReason.STOP)
             return
+        if self.grammar is not None:
+            self.grammar.advance(token)
         self._held += self.detokenizer.push(token)
         if self._release():
             self._finish(FinishReason.STOP)

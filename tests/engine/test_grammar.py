@@ -1,0 +1,146 @@
+"""Constrained texts: valid, exact under every layout, and no stall where drafts are forbidden."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chi2_contingency
+
+from idlm import LLM, SamplingParams
+from idlm.engine.grammar import Grammars
+from idlm.errors import InvalidRequestError
+from tests.support.tiny import tiny_model
+
+pytest.importorskip("llguidance")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """A random model: what it would say by itself never fits a grammar."""
+    return LLM(tiny_model(tmp_path_factory.mktemp("tiny"), mask_token_id=7), dtype="float32")
+
+
+@pytest.mark.parametrize("layout", ["ar", "linear", "quadratic"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_texts_fit_the_grammar(llm: LLM, layout: str, temperature: float) -> None:
+    llm = llm.with_layout(layout, 4)
+    wanted: list[dict[str, Any]] = [
+        {"json_schema": {"type": "object", "properties": {"a": {"enum": ["dog", "fox"]}}}},
+        {"regex": "(the|dog|fox| ){3,9}!"},
+        {"regex": "[0-9]{4}-[0-9]{2}"},
+        {},
+    ]
+    params = [
+        SamplingParams(temperature=temperature, seed=n, max_tokens=60, **fields)
+        for n, fields in enumerate(wanted)
+    ]
+    outputs = llm.generate(["The dog"] * 4, params)
+    for output, fields in zip(outputs, wanted, strict=True):
+        if "regex" in fields:
+            assert output.finish_reason == "stop"
+            assert re.fullmatch(fields["regex"], output.text), output.text
+    [free] = llm.generate("The dog", params[3])
+    assert outputs[3].token_ids == free.token_ids  # others' grammars change nothing for it
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_coupled_texts_are_those_of_autoregression(llm: LLM, temperature: float) -> None:
+    prompts = ["The dog", "A hen in the", "12"]
+    for regex in ("[a-z ]{20,30}", "(dog|fox|hen)( (dog|fox|hen))*"):
+        params = SamplingParams(temperature=temperature, seed=3, max_tokens=30, regex=regex)
+        runs = [
+            [o.token_ids for o in llm.with_layout(*layout, "coupled").generate(prompts, params)]
+            for layout in (("ar", 1), ("linear", 4), ("quadratic", 4), ("quadratic", 2))
+        ]
+        assert runs[1:] == [runs[0]] * 3
+
+
+def test_rejection_gives_the_distribution_of_autoregression(llm: LLM) -> None:
+    """Whole texts of the restricted model, with and without drafts, are equally frequent."""
+    draws, counts = 600, []
+    for first_seed, (layout, stride) in ((0, ("ar", 1)), (draws, ("quadratic", 4))):
+        params = [
+            SamplingParams(max_tokens=4, regex="[ab][cd]", seed=first_seed + n)
+            for n in range(draws)
+        ]
+        outputs = llm.with_layout(layout, stride).generate(["The dog"] * draws, params)
+        counts.append(Counter(output.text for output in outputs))
+    texts = sorted(set(counts[0]) | set(counts[1]))
+    assert 2 <= len(texts) <= 4
+    table = [[count[text] + 1 for text in texts] for count in counts]  # no empty column
+    assert chi2_contingency(table).pvalue > 1e-3
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31), st.floats(0, 1.5))
+def test_every_json_text_that_ends_is_valid(seed: int, temperature: float) -> None:
+    llm = _shared()
+    params = SamplingParams(temperature=temperature, seed=seed, max_tokens=40, json_schema=SCHEMA)
+    output = llm.generate("The dog", params)[0]
+    if output.finish_reason == "stop":
+        value = json.loads(output.text)
+        assert isinstance(value["name"], str) and isinstance(value["age"], int)
+        assert len(value) == 2 and len(value["name"]) <= 8
+    else:
+        assert output.text.startswith("{") and len(output.token_ids) == 40
+
+
+def test_masks_are_those_of_the_text_with_the_drafts(llm: LLM) -> None:
+    grammars = Grammars(llm.tokenizer, llm.config.vocab_size, frozenset({2}))
+    params = SamplingParams(regex="(dog|fox)+!")
+    ids = {c: llm.tokenizer.encode(c)[0] for c in "dogfx!"}
+    grammar = grammars.start(params)
+    good, bad = [ids["d"], ids["o"]], [ids["d"], ids["x"]]
+    allowed = grammars.allowed([grammar, None, grammar], [good, [], bad], rows=3)
+    assert allowed.shape == (3, 3, llm.config.vocab_size) and allowed[1].all()
+    assert allowed[0, 0, ids["d"]] and allowed[0, 0, ids["f"]] and not allowed[0, 0, ids["o"]]
+    assert not allowed[2, 1, ids["x"]]  # so the second draft of the third text is rejected
+    for tokens, row in (([ids["d"]], 1), (good, 2)):
+        other = grammars.start(params)
+        assert other is not None
+        for token in tokens:
+            other.advance(token)
+        assert torch.equal(grammars.allowed([other], [[]], rows=1)[0, 0], allowed[0, row])
+    assert torch.equal(grammars.allowed([grammar], [[]], rows=1)[0, 0], allowed[0, 0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"regex": "(a"}, "regex cannot be used"),
+        ({"json_schema": {"type": "no"}}, "json_schema cannot be used"),
+        ({"json_schema": {}, "regex": "a"}, "not both"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+def test_bad_grammars_are_refused(llm: LLM, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate("The dog", SamplingParams(**fields))
+
+
+_CACHE: list[LLM] = []
+
+
+def _shared() -> LLM:
+    """One model for all examples."""
+    if not _CACHE:
+        from tempfile import mkdtemp
+
+        folder = tiny_model(Path(mkdtemp()), mask_token_id=7)
+        _CACHE.append(LLM(folder, dtype="float32"))
+    return _CACHE[0]
