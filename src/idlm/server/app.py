@@ -299,7 +299,7 @@ def _events(chunk: type[BaseModel]) -> dict[str, Any]:
     """For the schema: what a 200 is with ``stream``."""
     return {
         "description": f"One JSON object or, with `stream`, events of type `{chunk.__name__}`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {}},
     }
 
 
