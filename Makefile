@@ -52,5 +52,5 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 	@echo "== setup: idlm and what development needs"
-	@$(PIP) "$(TORCH)" -e ".[demo,dev,train,server,eval]"
+	@$(PIP) "$(TORCH)" -e ".[demo,dev,train,server]"
 	@touch $@

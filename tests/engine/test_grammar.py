@@ -124,6 +124,8 @@ def test_masks_are_those_of_the_text_with_the_drafts(llm: LLM) -> None:
     [
         ({"regex": "(a"}, "regex cannot be used"),
         ({"json_schema": {"type": "no"}}, "json_schema cannot be used"),
+        ({"json_schema": {"const": float("nan")}}, "json_schema cannot be used"),
+        ({"json_schema": {"const": "\ud800"}}, "json_schema cannot be used"),
         ({"json_schema": {}, "regex": "a"}, "not both"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -204,6 +206,40 @@ def test_bias_penalties_and_our_own_fields(client: openai.OpenAI, default_llm: L
     answer = client.completions.create(model=NAME, prompt=PROMPT, **fields, extra_body=own)
     offline = default_llm.generate(PROMPT, SamplingParams(**fields, **own))
     assert answer.choices[0].text == offline[0].text
+
+
+def test_structured_answers(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green"]}, "known": {"type": "boolean"}},
+        "required": ["colour", "known"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=NAME,
+        messages=MESSAGES,
+        temperature=1,
+        seed=1,
+        max_tokens=30,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": schema, "strict": True},
+        },
+    )
+    value = json.loads(answer.choices[0].message.content or "")
+    assert value["colour"] in ("red", "green") and value["known"] in (True, False)
+    assert answer.choices[0].finish_reason == "stop" and len(value) == 2
+    stream = client.completions.create(
+        model=NAME,
+        prompt=PROMPT,
+        max_tokens=30,
+        stream=True,
+        extra_body={"guided_regex": "[0-9]{3}-[0-9]{2}"},
+    )
+    text = "".join(chunk.choices[0].text for chunk in stream)
+    assert re.fullmatch("[0-9]{3}-[0-9]{2}", text)
+    with pytest.raises(openai.BadRequestError, match="regex cannot be used"):
+        client.completions.create(model=NAME, prompt=PROMPT, extra_body={"guided_regex": "(a"})
 
 
 def test_stride_and_verification(client: openai.OpenAI) -> None:

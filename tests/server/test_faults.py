@@ -347,7 +347,7 @@ def test_sigterm_ends_the_command_with_its_streams(default_model_dir: object) ->
             rest = [line for line in lines if line]
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
         log = [json.loads(line) for line in server.stderr.read().splitlines()]
-        assert server.wait(30) == -signal.SIGTERM and time.monotonic() - started < 30
+        assert server.wait(30) == 0 and time.monotonic() - started < 30
         [entry] = [line for line in log if line.get("path") == "/v1/completions"]
         assert entry["error"] == "shutting_down" and entry["completion_tokens"] > 0
         assert "Once" not in json.dumps(log)

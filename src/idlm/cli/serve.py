@@ -6,8 +6,10 @@ import argparse
 import logging
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,10 @@ from idlm.cli import options
 from idlm.errors import InvalidRequestError, ResourceError
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from idlm.server.limits import Limits
+    from idlm.server.worker import Worker
 
 KEY_VARIABLE = "IDLM_API_KEY"
 LAST_WORDS = 5  # seconds for streams to say that they end
@@ -88,15 +93,8 @@ def run(args: argparse.Namespace) -> None:
     listener = _listen(args.host, args.port)
     llm = options.load_llm(args, max_batch=args.max_batch)
     name = args.name or model_name(args.model)
-    app = create_app(llm, name, limits, args.api_key or os.environ.get(KEY_VARIABLE))
-
-    class Server(uvicorn.Server):
-        """Tells the worker of the end before connections are waited for."""
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if not self.should_exit:
-                app.state.server.worker.drain(args.shutdown_timeout)
-            super().handle_exit(sig, frame)
+    key = args.api_key or os.environ.get(KEY_VARIABLE)
+    app = create_app(llm, name, limits, key, own_thread=False)
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
@@ -111,7 +109,33 @@ def run(args: argparse.Namespace) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"Serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
-    Server(config).run([listener])
+    _run_until_signal(uvicorn.Server(config), listener, app.state.server.worker, args)
+
+
+def _run_until_signal(
+    server: uvicorn.Server, listener: socket.socket, worker: Worker, args: argparse.Namespace
+) -> None:
+    """HTTP in a thread, the engine here: OpenMP then has one set of threads, not two."""
+
+    def serve() -> None:
+        try:
+            server.run([listener])
+        finally:
+            worker.end()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if server.should_exit:
+            server.force_exit = True
+        else:
+            worker.drain(args.shutdown_timeout)
+            server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    thread = threading.Thread(target=serve, name="http")
+    thread.start()
+    worker.run()
+    thread.join()
 
 
 def model_name(model: str | None) -> str:

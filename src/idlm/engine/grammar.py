@@ -22,9 +22,14 @@ from idlm.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import llguidance
+    from llguidance._lib import JsonCompileOptions
 
 # As `json.dumps` writes it: what models expect, and no endless white space.
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 
 
 class Grammar:
@@ -67,7 +72,7 @@ class Grammars:
             return None
         schema = None if params.json_schema is None else json.dumps(params.json_schema)
         with self._lock:  # the copied matcher may be asked for by several threads
-            return Grammar(self._compile(schema, params.regex).deep_copy())
+            return Grammar(self._compile(schema, params.regex or "").deep_copy())
 
     def allowed(
         self, grammars: Sequence[Grammar | None], drafts: Sequence[Sequence[int]], rows: int
@@ -117,7 +122,7 @@ class Grammars:
             eos_token=sorted(self._eos),
         )
 
-    def _compiled(self, schema: str | None, regex: str | None) -> llguidance.LLMatcher:
+    def _compiled(self, schema: str | None, regex: str) -> llguidance.LLMatcher:
         try:
             from llguidance import LLMatcher
         except ModuleNotFoundError as error:
@@ -126,14 +131,14 @@ class Grammars:
             ) from error
         if not self._eos:
             raise InvalidRequestError("The model has no end token; a grammar cannot end its texts.")
-        if schema is not None:
-            name, source = (
-                "json_schema",
-                LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE),
-            )
-        else:
-            assert regex is not None
-            name, source = "regex", LLMatcher.grammar_from_regex(regex)
+        name = "regex" if schema is None else "json_schema"
+        try:
+            if schema is None:
+                source = LLMatcher.grammar_from_regex(regex)
+            else:
+                source = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
+        except ValueError as error:
+            raise InvalidRequestError(f"The {name} cannot be used: {error}.") from error
         matcher = LLMatcher(self._library_tokenizer, source, log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().partition("\n")[0]

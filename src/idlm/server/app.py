@@ -80,11 +80,18 @@ class Server:
 
 
 def create_app(
-    llm: LLM, name: str, limits: Limits | None = None, api_key: str | None = None
+    llm: LLM,
+    name: str,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    *,
+    own_thread: bool = True,
 ) -> FastAPI:
-    """An application that serves ``llm`` under ``name``; its worker runs while the app does.
+    """An application that serves ``llm`` under ``name``; ``app.state.server`` is its `Server`.
 
-    ``app.state.server`` is the `Server`.
+    Args:
+        own_thread: run the worker in a thread while the app runs; else the caller calls
+            `Worker.run`, which the end of the app ends.
     """
     limits, metrics = limits or Limits(), Metrics()
     worker = Worker(llm, limits.max_waiting, metrics.job)
@@ -94,7 +101,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        if own_thread:
+            worker.start()
         yield
         await asyncio.to_thread(worker.stop)
 

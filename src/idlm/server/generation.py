@@ -11,7 +11,15 @@ from idlm.decoding.params import SamplingParams
 from idlm.llm import LLM
 from idlm.server.errors import ApiError
 from idlm.server.limits import Limits
-from idlm.server.protocol import ChatCompletionBody, CompletionBody, GenerationBody, Usage
+from idlm.server.protocol import (
+    ChatCompletionBody,
+    CompletionBody,
+    GenerationBody,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    ResponseFormat,
+    Usage,
+)
 from idlm.server.worker import Inbox, Job, MethodKey, Progress, Update, Worker
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
@@ -109,6 +117,8 @@ class Planner:
             "stop": body.stop,
             "stop_token_ids": body.stop_token_ids,
             "ignore_eos": body.ignore_eos,
+            "json_schema": _schema(body.response_format),
+            "regex": body.guided_regex,
         }
         params = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(max_tokens=max_tokens or most, logprobs=logprobs, **params)
@@ -155,6 +165,12 @@ def _each_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> list[
     if isinstance(prompt[0], int):
         return [prompt]
     return list(prompt)
+
+
+def _schema(format: ResponseFormat | None) -> dict[str, Any] | None:
+    if isinstance(format, JsonSchemaFormat):
+        return format.json_schema.schema_
+    return {"type": "object"} if isinstance(format, JsonObjectFormat) else None
 
 
 def _token_ids(bias: dict[str, float]) -> dict[int, float]:

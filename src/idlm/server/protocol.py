@@ -32,6 +32,39 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = Field(None, description="Accepted; changes nothing.")
 
 
+class TextFormat(Body):
+    """Any text: the default."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    """A schema; every one is kept to, whatever ``strict`` says."""
+
+    name: str
+    schema_: dict[str, Any] = Field({}, alias="schema", description="JSON schema.")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Body):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+]
+
+
 class GenerationBody(Body):
     """What both endpoints take."""
 
@@ -51,7 +84,11 @@ class GenerationBody(Body):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
         None, description="Token id, as a string, to a bias of its logit."
     )
+    response_format: ResponseFormat | None = Field(None, description="Keep the text to JSON.")
     # Ours.
+    guided_regex: str | None = Field(
+        None, max_length=4096, description="Keep the whole text to a regular expression."
+    )
     top_k: int | None = Field(None, ge=-1, description="Keep the k likeliest tokens; 0: all.")
     min_p: float | None = Field(
         None, ge=0, le=1, description="Drop tokens below this share of the likeliest one's."

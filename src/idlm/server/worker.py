@@ -202,17 +202,31 @@ class Worker:
         self._news: list[Update] = []
         self._live, self._live_lock = 0, threading.Lock()
         self._deadline: float | None = None
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopping, self._ended = False, threading.Event()
 
     def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+        """Start a thread that runs."""
+        threading.Thread(target=self.run, name="engine", daemon=True).start()
+
+    def run(self) -> None:
+        """Run jobs until `stop`; all engines then belong to the calling thread."""
+        while not self._stopping:
+            try:
+                self._turn()
+            except Exception as error:  # a mistake of ours; the server has to live on
+                logger.exception("the engine thread failed")
+                self._fail_all(error)
+            self._send()
+        self._ended.set()
+
+    def end(self) -> None:
+        """End every job, and `run`."""
+        self._commands.put(self._stop)
 
     def stop(self) -> None:
-        """End every job and the thread."""
-        self._commands.put(self._stop)
-        self._thread.join()
+        """The same, and wait for it."""
+        self.end()
+        self._ended.wait()
 
     @property
     def draining(self) -> bool:
@@ -261,15 +275,6 @@ class Worker:
         )
 
     # What follows runs on the worker's thread.
-
-    def _run(self) -> None:
-        while not self._stopped:
-            try:
-                self._turn()
-            except Exception as error:  # a mistake of ours; the server has to live on
-                logger.exception("the engine thread failed")
-                self._fail_all(error)
-            self._send()
 
     def _turn(self) -> None:
         """Obey what was asked, then run one step of one lane."""
@@ -402,7 +407,7 @@ class Worker:
 
     def _stop(self) -> None:
         self._fail_all(shutting_down())
-        self._stopped = True
+        self._stopping = True
 
     def _send(self) -> None:
         """Hand the news to the event loops, all at once for each."""

@@ -1,0 +1,50 @@
+"""The metrics, and the dashboard that shows them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from idlm import LLM, SamplingParams
+from tests.server.live import Live, serving
+
+DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
+
+
+def samples(live: Live) -> dict[str, float]:
+    lines = live.http.get("/metrics").text.splitlines()
+    pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in pairs}
+
+
+def test_metrics_count_what_was_done(tiny_llm: LLM) -> None:
+    with serving(tiny_llm) as live:
+        prompt = [5, 6, 7]
+        params = {"max_tokens": 20, "ignore_eos": True, "temperature": 0.9, "seed": 3}
+        assert live.complete(prompt, **params).status_code == 200
+        assert live.complete(prompt, n=0).status_code == 400
+        [offline] = tiny_llm.generate(prompt, SamplingParams(**params))  # type: ignore[arg-type]
+        got = samples(live)
+    method = 'layout="quadratic",stride="4",verification="rejection"'
+    assert got[f"idlm_generated_tokens_total{{{method}}}"] == 20
+    assert got["idlm_prompt_tokens_total"] == 3
+    stats = offline.stats
+    for outcome in ("verify", "reject", "cold"):
+        name = f'idlm_forwards_total{{layout="quadratic",outcome="{outcome}",stride="4",'
+        assert got[f'{name}verification="rejection"}}'] == getattr(stats, outcome)
+    assert got['idlm_drafts_reached_total{place="1",stride="4"}'] == stats.reached_at[1]
+    assert got['idlm_drafts_accepted_total{place="1",stride="4"}'] == stats.accepted_at[1]
+    assert got['idlm_texts_total{finish_reason="length"}'] == 1
+    assert got['idlm_http_requests_total{path="/v1/completions",status="400"}'] == 1
+    assert got["idlm_time_to_first_token_seconds_count"] == 1
+    assert got["idlm_kv_cache_capacity_tokens"] > 0 == got["idlm_kv_cache_tokens"]
+
+
+def test_the_dashboard_shows_metrics_that_exist(live: Live) -> None:
+    live.complete(max_tokens=4)
+    existing = {re.split(r"[{]", name)[0] for name in samples(live)}
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    used = {name for e in expressions for name in re.findall(r"idlm_\w+", e)}
+    assert len(used) > 10 and used <= existing
