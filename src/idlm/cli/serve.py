@@ -173,6 +173,8 @@ def _listen(host: str, port: int) -> socket.socket:
     Raises:
         InvalidRequestError: the address cannot be listened at.
     """
+    if not 0 <= port <= 65535:  # getaddrinfo would take it modulo 65536
+        raise InvalidRequestError(f"--port must be between 0 and 65535, not {port}.")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
