@@ -23,7 +23,7 @@ from idlm.model.checkpoint import load_decoder, resolve
 from idlm.training.acceptance import STRIDES, walk
 from idlm.training.config import ConvertConfig
 from idlm.training.data import Batch, Corpus, Document
-from idlm.training.objective import Objective
+from idlm.training.lossless import LosslessObjective
 
 BLOCK = max(STRIDES) - 1
 
@@ -41,9 +41,9 @@ def main() -> None:
     assert llm.adapter is not None
     print(f"# {llm.device} {platform.processor()}, torch {torch.__version__}, idlm {__version__}")
     print(f"# {' '.join(sys.argv)}")
-    # A decoder of its own: `Objective` compiles the layers that it is given.
+    # A decoder of its own: `LosslessObjective` compiles the layers that it is given.
     decoder = load_decoder(resolve(args.model), device=llm.device, dtype=torch.float32)
-    objective = Objective(decoder, llm.adapter, ConvertConfig(steps=1, block_size=BLOCK))
+    objective = LosslessObjective(decoder, llm.adapter, ConvertConfig(steps=1, block_size=BLOCK))
     documents = chosen_documents(Corpus.read(args.data, "heldout"), args.documents, args.tokens)
     accepted, anchors = [], []
     for document in documents:
@@ -85,6 +85,7 @@ def whole_answer(document: Document, tokens: int) -> Batch:
         torch.tensor(document.token_ids[:end])[None],
         torch.arange(end)[None],
         torch.zeros(1, end, dtype=torch.int64),
+        torch.arange(end)[None] >= start,
         anchors_1A,
         torch.full_like(anchors_1A, BLOCK),
     )
