@@ -18,8 +18,8 @@ demo: $(VENV)/.demo  ## set up, then generate text with AR and I-DLM and compare
 	@$(BIN)/idlm generate --compare --layout linear "$(PROMPT)"
 
 test: $(VENV)/.dev  ## set up, then run the tests
-	@echo "== test: pytest, without the tests that need a GPU"
-	@$(BIN)/python -m pytest
+	@echo "== test: pytest in two processes, without the tests that need a GPU"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.dev  ## set up, then check style and types
 	@echo "== lint: ruff and mypy"

@@ -1,4 +1,4 @@
-"""Settings shared by all tests: no network, two threads, one seed."""
+"""Settings shared by all tests: no network, two threads in all, one seed; slow tests first."""
 
 import os
 
@@ -13,10 +13,15 @@ from hypothesis import settings
 
 from idlm.model.checkpoint import resolve
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 settings.register_profile("idlm", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("idlm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that of several processes none is left alone with one at the end."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
 
 
 @pytest.fixture(autouse=True)
