@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from idlm import LLM, SamplingParams
@@ -17,11 +19,13 @@ from idlm.model.attention import CausalAttention
 from idlm.model.checkpoint import load_config, load_decoder
 from idlm.model.decoder import Decoder
 from idlm.model.tokenizer import Tokenizer
+from idlm.training.attention import joint_see
 from idlm.training.config import ConvertConfig
 from idlm.training.conversion import FullConversion
 from idlm.training.cross_entropy import cross_entropy
 from idlm.training.data import Corpus
 from idlm.training.full import FullObjective, mask_token
+from idlm.training.objective import Blocks
 from idlm.training.parallel import torchrun
 from idlm.training.trainer import Trainer
 from tests.support.random_model import random_config, random_decoder
@@ -76,6 +80,28 @@ def test_cross_entropy(chunk_rows: int) -> None:
     chance_NV = logits_NV.softmax(-1)
     torch.testing.assert_close(actual.chance_N, chance_NV.gather(1, targets_N[:, None]).squeeze(1))
     assert torch.equal(actual.agree_N, (chance_NV.argmax(-1) == targets_N).float())
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 1000), block_size=st.integers(1, M))
+def test_who_sees_whom(seed: int, block_size: int) -> None:
+    """The mask function of the joint pass against its definition, row by row."""
+    batch = make_batch(seed=seed, batch=1, anchors=4)
+    starts_BA, T = Blocks(batch, block_size).starts_BA, 64
+    rows = T + 4 * block_size
+    sees = joint_see(batch.documents_BT, batch.anchors_BA, starts_BA, block_size)
+    index = torch.arange(rows)
+    actual_RS = sees(index[:1, None], index[:1, None], index[:, None], index[None, :])
+    documents, anchors = batch.documents_BT[0].tolist(), batch.anchors_BA[0].tolist()
+    for row in range(rows):
+        if row < T:
+            expected = {key for key in range(row + 1) if documents[key] == documents[row]}
+        else:
+            block = (row - T) // block_size
+            anchor = anchors[block]
+            expected = {k for k in range(anchor + 1) if documents[k] == documents[anchor]}
+            expected |= set(range(T + block * block_size, row + 1))
+        assert set(actual_RS[row].nonzero().flatten().tolist()) == expected
 
 
 def test_losses_are_those_of_decoding(masked: Decoder) -> None:

@@ -193,6 +193,17 @@ def test_bar_and_lines_on_a_terminal() -> None:
     assert "step 1 [1/2]" in terminal.getvalue() and "25%" in terminal.getvalue()
 
 
+def test_log_without_its_optional_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("idlm.training.log.find_spec", lambda name: None)
+    log = RunLog(tmp_path, main=True)
+    log.record(1, {"loss": 0.5})
+    log.close()
+    assert [path.name for path in tmp_path.iterdir()] == [LOG_FILE]
+    assert "matplotlib is missing" in capsys.readouterr().err
+
+
 def test_out_of_memory_names_the_settings(decoder: Decoder, data_dir: Path) -> None:
     trainer = make_trainer(decoder, data_dir, None, CONFIG)
 
