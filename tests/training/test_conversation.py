@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -127,10 +128,12 @@ def test_spans_are_the_answers_whatever_they_say(shared: Tokenizer, texts: list[
 def test_what_has_no_answers_or_none_that_can_be_found(shared: Tokenizer, tmp_path: Path) -> None:
     assert tokenize_conversation(shared, conversation("Why?")) == []
     assert tokenize_conversation(shared, []) == []
-    for messages, reason in (
+    bad: list[tuple[list[dict[str, Any]], str]] = [
         ([{"role": "assistant", "content": "Hello."}], "begins with an answer"),
         ([{"role": "user", "content": "?"}, {"role": "assistant"}], "Message 1 has no 'content'"),
-    ):
+        ([*conversation("?"), {"role": "assistant", "content": ["a"]}], "An answer is not text"),
+    ]
+    for messages, reason in bad:
         with pytest.raises(InvalidRequestError, match=reason):
             tokenize_conversation(shared, messages)
     upper = tokenizer_with(OPENING.replace("['content']", "['content'] | upper"), tmp_path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,6 +144,19 @@ def test_what_does_not_fit_or_has_no_answer_is_counted(
     }
     assert counts["tokens cut off"] == over
     assert counts["tokens dropped"] == len(question) - 1
+
+
+def test_fields_that_a_message_does_not_have(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """In a column all messages have the same fields, some of them empty."""
+    records = [
+        [{**m, "name": None, "tool_calls": None} for m in conversation(f"Why {i}?", "The fox.")]
+        for i in range(9)
+    ]
+    records.append([{"role": "user", "content": "?"}, {"role": "assistant", "content": None}])
+    pq.write_table(pa.table({"messages": records}), tmp_path / "a.parquet")
+    train, heldout, counts = read_corpus(tmp_path, tokenizer, length=64, vocab_size=VOCABULARY)
+    assert len(train) + len(heldout) == 9
+    assert counts["dropped: Message 1 has no 'content'"] == 1
 
 
 def test_shards_are_taken_as_they_are(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -166,10 +166,22 @@ def _other_columns(path: Path) -> str:
     return r"\.parquet has 'prompt', 'chosen', and neither 'messages'"
 
 
+def _text_of_another_type(path: Path) -> str:
+    path.with_suffix(".jsonl").write_text('{"text": null}\n{"text": 3}\n')
+    return r"Line 2 of .* has 'text' of type int; it must be a string"
+
+
+def _messages_as_a_string(path: Path) -> str:
+    records = {"messages": ['[{"role": "user", "content": "Why?"}]']}
+    pq.write_table(pa.table(records), path.with_suffix(".parquet"))
+    return r"\.parquet has 'messages' of type str; it must be a list of \{"
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         *(_not_json, _a_list, _other_fields, _latin_1),
+        *(_text_of_another_type, _messages_as_a_string),
         *(_no_parquet, _cut_arrow, _empty_arrow, _other_columns),
     ],
 )

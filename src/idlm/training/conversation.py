@@ -29,13 +29,13 @@ def tokenize_conversation(
     Raises:
         InvalidRequestError: the template rejects the conversation or changes its answers.
     """
-    turns = [
-        i for i, m in enumerate(messages) if isinstance(m, Mapping) and m.get("role") == ANSWERER
-    ]
+    turns = [i for i, message in enumerate(messages) if message.get("role") == ANSWERER]
     if not turns:
         return []
     if turns[0] == 0:
         raise InvalidRequestError("The conversation begins with an answer.")
+    if not all(isinstance(messages[i].get("content", ""), str) for i in turns):
+        raise InvalidRequestError("An answer is not text.")
     texts = [tokenizer.render_chat(messages[: i + 1], False) for i in turns]
     starts = [
         _start(tokenizer, messages[: i + 1], text) for i, text in zip(turns, texts, strict=True)

@@ -119,7 +119,7 @@ class _Reader:
             if isinstance(record, str):
                 yield from self._pieces(record)
             else:
-                yield from self._conversation(record or [])
+                yield from self._conversation(record)
         except InvalidRequestError as error:
             self._drop(first_words(error))
 

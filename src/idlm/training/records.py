@@ -151,7 +151,8 @@ def _text(path: Path) -> Iterator[Record]:
 
 def _json_lines(path: Path) -> Iterator[Record]:
     for where, fields in json_objects(path):
-        yield fields[field_of(fields, COLUMNS, where)]
+        column = field_of(fields, COLUMNS, where)
+        yield _record(column, fields[column], where)
 
 
 def _parquet(path: Path) -> Iterator[Record]:
@@ -159,7 +160,7 @@ def _parquet(path: Path) -> Iterator[Record]:
     with pa.parquet.ParquetFile(path) as file:
         column = field_of(file.schema_arrow.names, COLUMNS, str(path))
         for batch in file.iter_batches(columns=[column]):
-            yield from batch.column(column).to_pylist()
+            yield from (_record(column, v, str(path)) for v in batch.column(column).to_pylist())
 
 
 def _arrow(path: Path) -> Iterator[Record]:
@@ -172,7 +173,7 @@ def _arrow(path: Path) -> Iterator[Record]:
             reader = batches = pa.ipc.open_stream(file)  # what `datasets` writes
         column = field_of(reader.schema.names, COLUMNS, str(path))
         for batch in batches:
-            yield from batch.column(column).to_pylist()
+            yield from (_record(column, v, str(path)) for v in batch.column(column).to_pylist())
 
 
 # By the end of the name; in a folder the first format that occurs is read.
@@ -182,6 +183,25 @@ READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _json_lines,
     ".txt": _text,
 }
+
+
+def _record(column: str, value: Any, where: str) -> Record:
+    """``value`` of a column, if it is what the column should hold; nothing is an empty one.
+
+    Raises:
+        InvalidRequestError: it is not.
+    """
+    if column == "text" and isinstance(value, (str, type(None))):
+        return value or ""
+    if column == "messages" and isinstance(value, (list, type(None))):
+        messages = value or []
+        if all(isinstance(message, dict) for message in messages):
+            # In a table every message has the fields that any message has.
+            return [{k: v for k, v in m.items() if v is not None} for m in messages]
+    raise InvalidRequestError(
+        f"{where} has {column!r} of type {type(value).__name__}; it must be "
+        + ("a string." if column == "text" else 'a list of {"role": ..., "content": ...}.')
+    )
 
 
 def _of_format(folder: Path, suffix: str) -> list[Path]:
