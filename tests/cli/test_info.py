@@ -10,6 +10,7 @@ import pytest
 from idlm.cli.main import main
 from idlm.model.adapter import FUSED_MODULES, LORA_FILE, RESULTS_FILE, load_adapter_config
 from idlm.model.peft_config import PEFT_CONFIG_FILE
+from tests.support.tiny import tiny_model
 
 
 def info(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -37,6 +38,17 @@ def test_adapter(
     assert facts["modules"] == [m for fused in config.projections for m in FUSED_MODULES[fused]]
     assert facts["base_fingerprint"] == info(default_model_dir, capsys)["fingerprint"]
     assert facts["bytes"] == sum(p.stat().st_size for p in adapter_folder.glob("*.safetensors"))
+
+
+def test_a_fully_converted_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_model(tmp_path / "model", "sdar", mask_token_id=5)
+    parameters = info(folder, capsys)["parameters"]
+    (folder / RESULTS_FILE).write_text('{"greedy": [0.5]}')
+    # The state of a training that was stopped is no part of the model.
+    shutil.copy(folder / "model.safetensors", folder / "checkpoint.safetensors")
+    facts = info(folder, capsys)
+    assert (facts["kind"], facts["mask_token_id"]) == ("model", 5)
+    assert facts["parameters"] == parameters and facts["results"] == {"greedy": [0.5]}
 
 
 def test_lines_for_people(adapter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

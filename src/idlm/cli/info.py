@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def describe(path: str | None) -> dict[str, Any]:
 
 def _model(folder: Path) -> dict[str, Any]:
     from idlm.model import checkpoint
+    from idlm.model.adapter import RESULTS_FILE
     from idlm.model.tokenizer import Tokenizer
 
     config = checkpoint.load_config(folder)
@@ -79,7 +80,7 @@ def _model(folder: Path) -> dict[str, Any]:
         "kind": "model",
         "path": str(folder),
         "architecture": config.model_type,
-        **_weights(folder),
+        **_weights(sorted(folder.glob("model*.safetensors"))),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "heads": config.num_heads,
@@ -88,21 +89,30 @@ def _model(folder: Path) -> dict[str, Any]:
         "vocabulary": config.vocab_size,
         "context": config.max_position_embeddings,
         "chat_template": Tokenizer.load(folder).has_chat_template,
+        "mask_token_id": config.mask_token_id,
         "fingerprint": config.fingerprint(),
+        "results": _results(folder / RESULTS_FILE),
     }
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
-    from idlm.model.adapter import FUSED_MODULES, RESULTS_FILE, load_adapter_config
+    from idlm.model.adapter import (
+        FUSED_MODULES,
+        HEAD_FILE,
+        LORA_FILE,
+        RESULTS_FILE,
+        load_adapter_config,
+    )
 
     config = load_adapter_config(folder)
+    files = [folder / LORA_FILE, folder / HEAD_FILE]
     card = folder / "README.md"
     return {
         "kind": "adapter",
         "path": str(folder),
         "base_model": config.base_model,
         "base_fingerprint": config.base_fingerprint,
-        **_weights(folder),
+        **_weights([path for path in files if path.exists()]),
         "rank": config.rank,
         "alpha": config.alpha,
         "modules": [module for fused in config.projections for module in FUSED_MODULES[fused]],
@@ -145,11 +155,10 @@ def _figures(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield title, " ".join(f"{figure:.3f}" for figure in value)
 
 
-def _weights(folder: Path) -> dict[str, Any]:
-    """Number of parameters, their types and the size of the files, from the files' headers."""
+def _weights(paths: Sequence[Path]) -> dict[str, Any]:
+    """Number of parameters, their types and the size of safetensors, from the files' headers."""
     from safetensors import SafetensorError, safe_open
 
-    paths = sorted(folder.glob("*.safetensors"))
     parameters, dtypes = 0, set()
     for path in paths:
         try:
