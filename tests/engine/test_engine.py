@@ -195,3 +195,15 @@ def test_special_token_text_is_ordinary_text(llm: LLM) -> None:
         ids = llm.tokenizer.encode(text)
         a = llm.generate(ids, GREEDY)[0].token_ids
         assert a == llm.autoregressive().generate(ids, GREEDY)[0].token_ids
+
+
+@pytest.mark.parametrize(("layout", "stride"), [("ar", 1), ("linear", 3), ("quadratic", 3)])
+def test_mask_token_is_never_sampled(tmp_path: Path, layout: str, stride: int) -> None:
+    folder = tiny_model(tmp_path, mask_token_id=7)
+    llm = LLM(folder, layout=layout, stride=stride, dtype="float32")
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(
+            temperature=temperature, logit_bias={7: 100.0}, max_tokens=12, ignore_eos=True, seed=0
+        )
+        [output] = llm.generate("Hello", params)
+        assert len(output.token_ids) == 12 and 7 not in output.token_ids

@@ -212,7 +212,7 @@ def _conclude(
     # The output layer is read once for all rows where that is cheaper than reading it again for
     # the one block that is used.
     at_once = num_masks == M or hidden_BRH.shape[0] * hidden_BRH.shape[1] <= ONE_PASS_ROWS
-    logits_BRV = method.decoder.logits(hidden_BRH if at_once else hidden_BRH[:, :N])
+    logits_BRV = _logits(method, hidden_BRH if at_once else hidden_BRH[:, :N])
     logits_BNV = logits_BRV[:, :N]
     first_B = state.length_B + 1
     verdict = verify(method.rule, logits_BNV, drafts, first_B, sampling)
@@ -237,7 +237,7 @@ def _conclude(
             method.decoder,
             method.adapter,
             block_BMH,
-            used(logits_BRV[:, N:]) if at_once else method.decoder.logits(block_BMH),
+            used(logits_BRV[:, N:]) if at_once else _logits(method, block_BMH),
             verdict.next_B,
             length_B + 1,
             sampling,
@@ -246,3 +246,11 @@ def _conclude(
         proposals.count_B = torch.where(block_B >= 0, proposals.count_B, 0)
     state = State(verdict.next_B, length_B, proposals)
     return Outcome(tokens_BN, drafts.count_B, verdict, logits_BNV, state, hidden_BRH.shape[1])
+
+
+def _logits(method: Method, hidden_BRH: torch.Tensor) -> torch.Tensor:
+    """The output layer; the mask token of a fully converted model is never sampled."""
+    logits_BRV = method.decoder.logits(hidden_BRH)
+    if (mask := method.decoder.config.mask_token_id) is not None:
+        logits_BRV[..., mask] = float("-inf")
+    return logits_BRV
