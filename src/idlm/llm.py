@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -117,7 +118,6 @@ class LLM:
         self.tokenizer = Tokenizer.load(folder)
         self._max_batch = max_batch
         self._method = Method(decoder, loaded, rows, verification)
-        self._engine = self.new_engine()
 
     @property
     def config(self) -> ModelConfig:
@@ -216,13 +216,18 @@ class LLM:
             None, self.tokenizer.apply_chat_template(list(messages)), sampling_params
         )
 
+    @cached_property
+    def _engine(self) -> Engine:
+        """What `generate` and `stream` run on; made when it is first needed."""
+        return self.new_engine()
+
     def _with(self, adapter: Adapter | None, layout: Layout, rule: str) -> LLM:
         other = object.__new__(LLM)
         other.__dict__.update(self.__dict__)
+        other.__dict__.pop("_engine", None)
         if adapter is None and self.config.mask_token_id is None and layout.num_masks > 0:
             raise InvalidRequestError("This model has no adapter; only layout 'ar' can be decoded.")
         other._method = Method(self._method.decoder, adapter, layout, rule)
-        other._engine = other.new_engine()
         return other
 
     def _run(
