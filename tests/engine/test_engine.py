@@ -137,6 +137,19 @@ def test_an_abandoned_stream_leaves_the_engine_free(llm: LLM, ids: list[int]) ->
     assert llm.generate(ids, GREEDY)[0].finish_reason == "length"
 
 
+def test_aborting_one_of_several_leaves_the_others_as_they_were(llm: LLM, ids: list[int]) -> None:
+    other = llm.tokenizer.encode("The capital of France")
+    alone = llm.generate(other, GREEDY)[0].token_ids
+    engine = llm.new_engine()
+    first, second = engine.add(ids, GREEDY), engine.add(other, GREEDY)
+    for _ in range(4):
+        engine.step()
+    engine.abort(first)  # the last one moves into its place
+    while engine.busy:
+        engine.step()
+    assert second.token_ids == alone
+
+
 def test_two_streams_at_once_do_not_mix(llm: LLM, ids: list[int]) -> None:
     other = llm.tokenizer.encode("The capital of France")
     alone = [llm.generate(p, GREEDY)[0].token_ids for p in (ids, other)]

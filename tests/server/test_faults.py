@@ -253,7 +253,7 @@ BAD = 42
 def test_a_failing_step_fails_only_its_request(
     tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, code: str
 ) -> None:
-    params: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True, "temperature": 0.8}
+    params: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True, "temperature": 0.8}
     prompts = ["The dog", "The sun", "A hen"]
     offline = [
         tiny_llm.generate(p, SamplingParams(seed=i, **params))[0].text

@@ -73,6 +73,7 @@ def test_cancelling_running_waiting_and_finished_jobs(worker: Worker, ended: lis
     worker.cancel([*running, *waiting])
     worker.cancel([*running, *waiting])
     until(lambda: len(ended) == 7)
+    assert worker.step_failures == 0
     assert worker.load().running == worker.load().waiting == 0
     last = job(3)
     worker.submit([last])

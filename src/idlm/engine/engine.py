@@ -92,6 +92,7 @@ class Engine:
         self._waiting.append(request)
         return request
 
+    @torch.inference_mode()
     def abort(self, request: Request) -> None:
         """End ``request`` at once; what it held is free for others."""
         if request.finished:
