@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from idlm import LLM, SamplingParams
+from idlm.engine.engine import Engine
+from idlm.engine.request import Request
 from idlm.errors import InvalidRequestError
 from idlm.server.errors import ApiError
 from idlm.server.worker import Inbox, Job, MethodKey, Worker
@@ -79,6 +81,23 @@ def test_cancelling_running_waiting_and_finished_jobs(worker: Worker, ended: lis
     worker.submit([last])
     until(lambda: len(ended) == 8)
     assert len(last.sent) == 3
+
+
+def test_a_failing_abort_harms_nobody(
+    worker: Worker, ended: list[Job], tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(engine: Engine, request: Request) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(Engine, "abort", failing)
+    left, other = job(400), job(100, seed=3)
+    worker.submit([left, other])
+    until(lambda: len(other.sent) > 0)
+    worker.cancel([left])
+    until(lambda: len(ended) == 2)
+    assert worker.step_failures == 1 and other.error is None
+    monkeypatch.undo()
+    assert other.sent == tiny_llm.generate([5, 6, 7], other.params)[0].token_ids
 
 
 def test_all_jobs_of_a_request_are_taken_or_none(tiny_llm: LLM) -> None:

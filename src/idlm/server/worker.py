@@ -351,17 +351,21 @@ class Worker:
 
     def _isolate(self, lane: Lane, error: Exception) -> None:
         """Start the jobs of a lane that failed again, each alone; one that was alone fails."""
-        self.step_failures += 1
-        logger.error("a step of %d requests failed", len(lane.jobs), exc_info=error)
-        jobs, lane.jobs = lane.jobs, []
-        self._lanes.remove(lane)  # with all the state that it may have damaged
-        if lane.shared and lane.method == self.method:
-            self._lanes.insert(0, self._new_lane(lane.method, shared=True))
+        jobs = self._discard(lane, error)
         if len(jobs) == 1:
             self._fail(jobs[0], error)
             return
         for job in jobs:
             self._place(job, shared=False)
+
+    def _discard(self, lane: Lane, error: Exception) -> list[Job]:
+        """Drop a lane that failed, with all the state that it may have damaged; its jobs."""
+        self.step_failures += 1
+        logger.error("a lane of %d requests failed", len(lane.jobs), exc_info=error)
+        self._lanes.remove(lane)
+        if lane.shared and lane.method == self.method:
+            self._lanes.insert(0, self._new_lane(lane.method, shared=True))
+        return lane.jobs
 
     def _close_if_extra(self, lane: Lane) -> None:
         """Only the lane of the server's own method keeps its memory without jobs."""
@@ -381,7 +385,8 @@ class Worker:
                 try:
                     lane.engine.abort(job.request)
                 except Exception as error:
-                    self._isolate(lane, error)
+                    for other in self._discard(lane, error):  # none of them is to blame
+                        self._place(other, shared=False)
                     return
                 if not lane.jobs:
                     self._close_if_extra(lane)
