@@ -225,6 +225,7 @@ def test_greedy_chain_follows_the_head(shape: str, dtype: torch.dtype) -> None:
     hidden_BMH = torch.randn(3, 5, decoder.config.hidden_size, generator=random).to(dtype)
     ids_BMK = torch.stack([torch.randperm(61, generator=random)[:20] for _ in range(15)])
     ids_BMK, first_B = ids_BMK.view(3, 5, 20), torch.tensor([0, 60, 7])
+    assert adapter.head is not None
     tokens_BM = greedy_chain(decoder, adapter.head, hidden_BMH, ids_BMK, first_B)
     # In fp64, teacher-forced with the chain's own tokens: they are the best, up to rounding.
     head, embed = copy.deepcopy(adapter.head).double(), decoder.embed.weight.double()
@@ -244,6 +245,7 @@ def test_greedy_chain_follows_the_head(shape: str, dtype: torch.dtype) -> None:
 
 def test_greedy_chain_refuses_unknown_tokens() -> None:
     decoder, adapter = model("llama", torch.float32)
+    assert adapter.head is not None
     hidden_BMH = torch.zeros(1, 2, decoder.config.hidden_size)
     good, bad = torch.zeros(1, 2, 3, dtype=torch.int64), torch.full((1, 2, 3), 61)
     for ids_BMK, first in ((bad, 0), (good, -1), (good, 61)):
