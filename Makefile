@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 # Compiling every module of every package to bytecode takes two thirds of the whole set-up.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-PROMPT := List ten tips for a healthy life.
+PROMPT := Name the seven days of the week and the twelve months of the year.
 
 .PHONY: help demo test lint bench clean
 .DEFAULT_GOAL := help
