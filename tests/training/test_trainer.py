@@ -237,6 +237,28 @@ def test_time_ends_the_run(decoder: Decoder, data_dir: Path) -> None:
     assert trainer.progress.fraction(config) >= 1.0
 
 
+def test_training_goes_on_from_an_adapter(
+    decoder: Decoder, data_dir: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(decoder, data_dir, tmp_path, CONFIG.with_(steps=5))
+    assert trainer.run() is not None
+    further = CONFIG.with_(init_adapter=str(tmp_path))
+    conversion = LosslessConversion(decoder, further, "tiny")
+    for name, tensor in load_file(tmp_path / "sampler_head.safetensors").items():
+        own = dict(conversion.adapter.named_parameters())[name]
+        assert torch.equal(own.bfloat16(), tensor) and own.requires_grad
+    assert all(lora.B[0].any() for lora in conversion.adapter.layer(0).values())
+
+
+def test_an_adapter_of_other_shapes_is_refused(
+    decoder: Decoder, data_dir: Path, tmp_path: Path
+) -> None:
+    LosslessConversion(decoder, CONFIG, "tiny").save(tmp_path)
+    wider = CONFIG.with_(head_width=32, init_adapter=str(tmp_path))
+    with pytest.raises(InvalidRequestError, match="--head-width"):
+        LosslessConversion(decoder, wider, "tiny")
+
+
 def test_settings(tmp_path: Path) -> None:
     path = tmp_path / "settings.yaml"
     CONFIG.save(path)

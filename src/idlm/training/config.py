@@ -16,7 +16,7 @@ from idlm.errors import InvalidRequestError, ResourceError
 ONLY = {
     "lossless": (
         *("rank", "alpha", "projections", "head_width", "head_depth", "head_lr", "tv_weight"),
-        *("survival", "visits", "marginal_weight"),
+        *("survival", "visits", "marginal_weight", "init_adapter"),
     ),
     "full": ("clean_weight", "mask_token"),
 }
@@ -44,6 +44,7 @@ class ConvertConfig:
         block_size: masks per block, ``m``: the longest stride served well is ``m + 1``.
         curriculum: share of the run that blocks of 1, 2 and 3 masks take, in equal parts, before
             those of ``block_size``; 0: none.
+        init_adapter: folder of an adapter to train on, of the same shapes; None: a new one.
         batch: packed rows per optimiser step.
         length: tokens per packed row.
         anchors: mask blocks per packed row.
@@ -81,6 +82,7 @@ class ConvertConfig:
     head_depth: int = 2
     block_size: int = 7
     curriculum: float = 0.0
+    init_adapter: str | None = None
     batch: int = 32
     length: int = 1024
     anchors: int = 256

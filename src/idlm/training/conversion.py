@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch.distributed.tensor import DTensor
 
+from idlm.errors import InvalidRequestError
 from idlm.model.adapter import Adapter, AdapterConfig
 from idlm.model.checkpoint import save_checkpoint
 from idlm.model.decoder import Decoder
@@ -86,6 +87,8 @@ class LosslessConversion:
         )
         adapter = Adapter(adapter_config, decoder.config)
         torch.nn.init.normal_(adapter.mask_embedding, std=_token_scale(decoder))
+        if config.init_adapter is not None:
+            _fill(adapter, Path(config.init_adapter), decoder)
         self.parameters = sum(p.numel() for p in adapter.parameters())
         self.adapter = adapter.to(device=self.device, dtype=decoder.embed.weight.dtype)
         self.objective: Objective = LosslessObjective(decoder, self.adapter, config)
@@ -172,6 +175,21 @@ class FullConversion:
         decoder = self.result()
         if decoder is not None:
             save_checkpoint(decoder, folder, self._source, self._decoder.config.mask_token_id)
+
+
+def _fill(adapter: Adapter, folder: Path, decoder: Decoder) -> None:
+    """Give ``adapter`` the weights of the one in ``folder``."""
+    given = Adapter.load(
+        folder, decoder.config, device=torch.device("cpu"), dtype=torch.float32
+    ).share_embedding(decoder.embed.weight)
+    for name in ("rank", "alpha", "projections", "head_width", "head_depth"):
+        own, theirs = getattr(adapter.config, name), getattr(given.config, name)
+        if own != theirs:
+            raise InvalidRequestError(
+                f"The adapter in {folder} has {name} {theirs!r}, not {own!r}; set "
+                f"--{name.replace('_', '-')} as it has it, or train a new one."
+            )
+    adapter.load_state_dict(given.state_dict())
 
 
 def _token_scale(decoder: Decoder) -> float:
