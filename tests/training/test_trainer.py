@@ -237,9 +237,7 @@ def test_time_ends_the_run(decoder: Decoder, data_dir: Path) -> None:
     assert trainer.progress.fraction(config) >= 1.0
 
 
-def test_training_goes_on_from_an_adapter(
-    decoder: Decoder, data_dir: Path, tmp_path: Path
-) -> None:
+def test_training_goes_on_from_an_adapter(decoder: Decoder, data_dir: Path, tmp_path: Path) -> None:
     trainer = make_trainer(decoder, data_dir, tmp_path, CONFIG.with_(steps=5))
     assert trainer.run() is not None
     further = CONFIG.with_(init_adapter=str(tmp_path))
