@@ -38,9 +38,11 @@ class RequestOutput:
     """The result of one prompt.
 
     Attributes:
-        finish_reason: ``stop`` (end token or stop string) or ``length``.
+        finish_reason: ``stop`` (end token or stop string), ``length``, or ``error``: its forward
+            failed, and what there is of it is not all.
         logprobs: per token a dict of token id to `Logprob`; None if not asked for.
         sources: per token how it came to be: sampled, draft or correction.
+        error: what failed, with the finish reason ``error``.
     """
 
     prompt: str | None
@@ -51,6 +53,7 @@ class RequestOutput:
     logprobs: list[dict[int, Logprob]] | None
     sources: list[Source]
     stats: DecodeStats
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class LLM:
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1`` ...
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         max_batch: requests that run at once; more wait.
+        kv_cache_tokens: tokens whose keys and values are kept; None: as many as ``max_batch``
+            requests of the model's context have, but no more than a share of the free memory.
     Raises:
         IdlmError: an argument or file is not usable; the message says which and what to do.
     """
@@ -91,6 +96,7 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         max_batch: int = 32,
+        kv_cache_tokens: int | None = None,
     ) -> None:
         rows = Layout.named(layout, stride)
         check_rule(verification)
@@ -116,7 +122,7 @@ class LLM:
         if loaded is not None:
             loaded.share_embedding(decoder.embed.weight)
         self.tokenizer = Tokenizer.load(folder)
-        self._max_batch = max_batch
+        self._max_batch, self._kv_cache_tokens = max_batch, kv_cache_tokens
         self._method = Method(decoder, loaded, rows, verification)
 
     @property
@@ -165,6 +171,7 @@ class LLM:
             device=self.device,
             dtype=self.dtype,
             max_batch=self._max_batch,
+            kv_cache_tokens=self._kv_cache_tokens,
         )
 
     def generate(
@@ -264,8 +271,10 @@ class LLM:
         try:
             while output is None:
                 # Another stream of this LLM may have moved this request on, even to its end.
-                while len(request.token_ids) == tokens:
+                while len(request.token_ids) == tokens and not request.finished:
                     self._engine.step()
+                if request.error is not None:
+                    raise request.error
                 new = slice(tokens, len(request.token_ids))
                 text = request.text[characters:]
                 tokens, characters = new.stop, len(request.text)
@@ -286,6 +295,7 @@ def _output(prompt: str | None, request: Request) -> RequestOutput:
         logprobs=None if request.params.logprobs is None else request.logprobs,
         sources=request.sources,
         stats=request.stats,
+        error=request.error,
     )
 
 

@@ -48,16 +48,19 @@ def run(
     c = decoder.config
     B, P = prompt_BP.shape
     room = P + 4 * count + method.layout.num_rows
-    k = torch.zeros(c.num_layers, B, c.num_kv_heads, room, c.head_dim)
+    blocks = -(-room // 16)
+    k = torch.zeros(c.num_layers, B * blocks, c.num_kv_heads, 16, c.head_dim)
     v = torch.zeros_like(k)
+    table = torch.arange(B * blocks, dtype=torch.int32).view(B, blocks)
+    start = torch.zeros(B, dtype=torch.int64)
     sampling = Sampling.of(
         params, list(range(B)), prompt_BP.tolist(), [[]] * B, c.vocab_size, k.device
     )
-    outcome = prefill(method, k, v, prompt_BP, sampling)
+    outcome = prefill(method, k, v, table, prompt_BP, start, sampling)
     texts = [[t[0]] for t in outcome.tokens_BN.tolist()]
     forwards = 1
     while min(map(len, texts)) < count:
-        outcome = decode(method, k, v, outcome.state, sampling)
+        outcome = decode(method, k, v, table, outcome.state, sampling)
         forwards += 1
         for row, text in enumerate(texts):
             n = int(outcome.verdict.accepted_B[row]) + 1
@@ -130,13 +133,15 @@ def _run_one(
     method: Method, prompt_P: torch.Tensor, params: SamplingParams, seed: int, count: int
 ) -> torch.Tensor:
     c = method.decoder.config
-    k = torch.zeros(c.num_layers, 1, c.num_kv_heads, 256, c.head_dim)
+    k = torch.zeros(c.num_layers, 16, c.num_kv_heads, 16, c.head_dim)
     v = torch.zeros_like(k)
+    table = torch.arange(16, dtype=torch.int32)[None]
+    start = torch.zeros(1, dtype=torch.int64)
     sampling = Sampling.of([params], [seed], [prompt_P.tolist()], [[]], c.vocab_size, k.device)
-    outcome = prefill(method, k, v, prompt_P[None], sampling)
+    outcome = prefill(method, k, v, table, prompt_P[None], start, sampling)
     text = [int(outcome.tokens_BN[0, 0])]
     while len(text) < count:
-        outcome = decode(method, k, v, outcome.state, sampling)
+        outcome = decode(method, k, v, table, outcome.state, sampling)
         text += outcome.tokens_BN[0, : int(outcome.verdict.accepted_B[0]) + 1].tolist()
     return torch.tensor(text[:count])
 
@@ -246,12 +251,14 @@ def test_state_rows_can_be_selected_and_joined() -> None:
     decoder = random_decoder(random_config())
     m = method(decoder, "linear", 3, "rejection")
     c = decoder.config
-    k = torch.zeros(c.num_layers, 3, c.num_kv_heads, 64, c.head_dim)
+    k = torch.zeros(c.num_layers, 3, c.num_kv_heads, 16, c.head_dim)
+    table = torch.arange(3, dtype=torch.int32)[:, None]
+    start = torch.zeros(3, dtype=torch.int64)
     prompt = torch.tensor([[1, 2], [3, 4], [5, 6]])
     params = [SamplingParams(temperature=1.0)] * 3
     sampling = Sampling.of(params, [1, 2, 3], prompt.tolist(), [[]] * 3, c.vocab_size, k.device)
     with torch.inference_mode():
-        state = prefill(m, k, torch.zeros_like(k), prompt, sampling).state
+        state = prefill(m, k, torch.zeros_like(k), table, prompt, start, sampling).state
     back = State.cat([state.select(torch.tensor([0])), state.select(torch.tensor([1, 2]))])
     for name in ("pending_B", "length_B"):
         assert torch.equal(getattr(back, name), getattr(state, name))

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from idlm.model import cpu_kernels
+from tests.support.paged import block_table, contiguous, paged
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Relative to the largest value of the result: rounding of sums, and of the result to its dtype.
@@ -159,11 +160,27 @@ def reference_attention(
     return out
 
 
+def paged_attention(
+    q_BRQD: torch.Tensor,
+    k_BKSD: torch.Tensor,
+    v_BKSD: torch.Tensor,
+    *args: torch.Tensor,
+    tokens: int = 16,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """The kernel's attention over keys and values that are cut into shuffled blocks."""
+    table = block_table(len(q_BRQD), k_BKSD.shape[2], tokens)
+    k, v = (paged(x, table, tokens) for x in (k_BKSD, v_BKSD))
+    return cpu_kernels.attention(q_BRQD, k, v, table, *args, scale=scale, window=window)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     dtype=dtypes,
     batch=st.integers(1, 3),
     rows=st.integers(1, 18),
+    tokens=st.sampled_from((4, 16, 32)),
     kv_heads=st.integers(1, 3),
     group=st.sampled_from((1, 3, 8)),
     head_dim=st.sampled_from((8, 20, 64, 80, 96, 128, 256)),
@@ -174,6 +191,7 @@ def test_attention_matches_reference(
     dtype: torch.dtype,
     batch: int,
     rows: int,
+    tokens: int,
     kv_heads: int,
     group: int,
     head_dim: int,
@@ -187,8 +205,8 @@ def test_attention_matches_reference(
     start = torch.randint(0, S - rows + 1, (batch,), generator=random)
     visible = torch.rand(batch, rows, rows, generator=random) < 0.5
     positions = start[:, None] + torch.randint(0, rows, (batch, rows), generator=random)
-    out = cpu_kernels.attention(
-        q, k, v, start, visible, positions, scale=head_dim**-0.5, window=window
+    out = paged_attention(
+        q, k, v, start, visible, positions, tokens=tokens, scale=head_dim**-0.5, window=window
     )
     assert_close(out, reference_attention(q, k, v, start, visible, positions, window))
 
@@ -198,7 +216,7 @@ def test_attention_of_a_long_prompt() -> None:
     k, v = randn(2, 1, 1, 160, 64, dtype=torch.bfloat16, seed=1)
     start, visible = torch.tensor([70]), torch.ones(1, 90, 90, dtype=torch.bool).tril()
     positions = start[:, None] + torch.arange(90)
-    out = cpu_kernels.attention(q, k, v, start, visible, positions, scale=0.125)
+    out = paged_attention(q, k, v, start, visible, positions, scale=0.125)
     assert_close(out, reference_attention(q, k, v, start, visible, positions, None))
 
 
@@ -234,7 +252,7 @@ def test_in_flight_key_counts_as_a_cached_one(
     scale = head_dim**-0.5
 
     k, v = keys
-    alone = cpu_kernels.attention(
+    alone = paged_attention(
         q,
         k,
         v,
@@ -259,7 +277,7 @@ def test_in_flight_key_counts_as_a_cached_one(
     queries = randn(1, rows, 2 * group, head_dim, dtype=dtype, seed=seed + 2)
     queries[:, -1] = q[:, 0]
     k, v = cache
-    together = cpu_kernels.attention(
+    together = paged_attention(
         queries, k, v, torch.tensor([cached]), visible, positions, scale=scale, window=window
     )
     assert torch.equal(together[:, -1], alone[:, 0])
@@ -268,32 +286,45 @@ def test_in_flight_key_counts_as_a_cached_one(
 def test_attention_of_a_row_that_sees_nothing_is_zero() -> None:
     x = randn(1, 1, 1, 64, dtype=torch.float32)
     start, visible = torch.tensor([0]), torch.zeros(1, 1, 1, dtype=torch.bool)
-    out = cpu_kernels.attention(x, x, x, start, visible, torch.tensor([[0]]), scale=1.0)
+    out = paged_attention(x, x, x, start, visible, torch.tensor([[0]]), scale=1.0)
     assert torch.equal(out, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("start", [-1, 4])
-def test_rows_must_fit_into_the_cache(start: int) -> None:
-    x, cache = randn(1, 2, 1, 64, dtype=torch.float32), torch.zeros(1, 1, 5, 64)
+@pytest.mark.parametrize(
+    ("start", "table"), [(-1, [1, 2]), (7, [1, 2]), (3, [1, 3]), (3, [1, -1]), (0, [])]
+)
+def test_rows_must_fit_into_their_blocks(start: int, table: list[int]) -> None:
+    x, cache = randn(1, 2, 1, 64, dtype=torch.float32), torch.zeros(3, 1, 4, 64)
     visible, positions = torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.int64)
-    start_B = torch.tensor([start])
+    start_B, table_BP = torch.tensor([start]), torch.tensor([table], dtype=torch.int32)
     with pytest.raises(ValueError, match="exceed the cache"):
-        cpu_kernels.attention(x, cache, cache, start_B, visible, positions, scale=1.0)
+        cpu_kernels.attention(x, cache, cache, table_BP, start_B, visible, positions, scale=1.0)
     with pytest.raises(ValueError, match="exceed the cache"):
-        cpu_kernels.append(x, cache, start_B)
+        cpu_kernels.append(x, cache, table_BP, start_B)
     assert not cache.any()
+
+
+def test_the_cache_must_be_in_order() -> None:
+    x, start = randn(1, 1, 1, 64, dtype=torch.float32), torch.tensor([0])
+    table = torch.tensor([[1]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        cpu_kernels.append(x, torch.zeros(3, 1, 6, 64), table, start)
+    with pytest.raises(ValueError, match="int32"):
+        cpu_kernels.append(x, torch.zeros(3, 1, 4, 64), table.long(), start)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_append_writes_every_request_at_its_own_index(dtype: torch.dtype) -> None:
     x_BRKD = randn(3, 4, 10, 20, dtype=dtype)[:, :, 3:5]  # a slice of heads
-    cache = torch.zeros(3, 2, 12, 20, dtype=dtype)
+    table = block_table(3, 12, tokens=4)
+    cache = torch.zeros(len(table.flatten()) + 1, 2, 4, 20, dtype=dtype)
     start = torch.tensor([0, 5, 8])
-    cpu_kernels.append(x_BRKD, cache, start)
-    expected = torch.zeros_like(cache)
+    cpu_kernels.append(x_BRKD, cache, table, start)
+    expected = torch.zeros(3, 2, 12, 20, dtype=dtype)
     for b, first in enumerate(start.tolist()):
         expected[b, :, first : first + 4] = x_BRKD[b].transpose(0, 1)
-    assert torch.equal(cache, expected)
+    assert torch.equal(contiguous(cache, table, 12), expected)
+    assert not cache[0].any()
 
 
 # ---- rms_norm, choosing tokens ----

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from idlm.model import cpu_kernels, cpu_stack
 from idlm.model.adapter import Adapter
-from idlm.model.attention import CachedAttention
+from idlm.model.attention import PagedAttention
 from idlm.model.cpu_head import greedy_chain
 from idlm.model.decoder import Decoder
+from tests.support.paged import block_table, contiguous, paged
 from tests.support.random_model import random_adapter, random_config, random_decoder
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -60,7 +61,17 @@ class Cache:
         c = decoder.config
         shape = (2, c.num_layers, batch, c.num_kv_heads, LENGTH, c.head_dim)
         random = torch.Generator().manual_seed(3)
-        self.k, self.v = torch.randn(shape, generator=random).to(dtype)
+        self.table = block_table(batch, LENGTH)
+        self.k, self.v = paged(torch.randn(shape, generator=random).to(dtype), self.table)
+
+    def one(self, b: int) -> Cache:
+        """The cache of request ``b`` alone, over the same memory."""
+        cache = copy.copy(self)
+        cache.table = self.table[b : b + 1]
+        return cache
+
+    def keys_and_values(self) -> torch.Tensor:
+        return contiguous(torch.stack((self.k, self.v)), self.table, LENGTH)
 
     def forward(
         self,
@@ -73,7 +84,9 @@ class Cache:
         R = visible_BRR.shape[1]
         positions_BR = start_B[:, None] + torch.arange(R)
         window = decoder.config.sliding_window
-        attention = CachedAttention(self.k, self.v, start_B, positions_BR, visible_BRR, window)
+        attention = PagedAttention(
+            self.k, self.v, self.table, start_B, positions_BR, visible_BRR, window
+        )
         hidden_BRH: torch.Tensor = decoder(
             tokens_BC,
             positions_BR,
@@ -99,7 +112,10 @@ def test_computes_what_the_definition_does(shape: str, dtype: torch.dtype, masks
     # fp64 takes the torch path.
     precise = copy.deepcopy(decoder).double(), copy.deepcopy(adapter).double().freeze()
     expected = reference.forward(precise[0], tokens_BC, start_B, visible_BRR, precise[1])
-    for got, want in ((actual, expected), (cache.k, reference.k), (cache.v, reference.v)):
+    for got, want in (
+        (actual, expected),
+        *zip(cache.keys_and_values(), reference.keys_and_values(), strict=True),
+    ):
         error = (got.double() - want).norm() / want.norm()
         assert error < TOLERANCE[dtype]
 
@@ -132,11 +148,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(
     together = Cache(decoder, batch, dtype).forward(
         decoder, tokens_BC, starts_B, causal_BRR, adapter if masks else None
     )
-    alone = Cache(decoder, 3, dtype)
-    alone.k, alone.v = alone.k[:, :1], alone.v[:, :1]
-    reference = Cache(decoder, batch, dtype)
-    alone.k.copy_(reference.k[:, :1])
-    alone.v.copy_(reference.v[:, :1])
+    alone = Cache(decoder, batch, dtype).one(0)
     one_11 = torch.ones(1, 1, 1, dtype=torch.bool)
     for c in range(clean):
         row = alone.forward(decoder, tokens_BC[:1, c : c + 1], starts_B[:1] + c, one_11, None)
@@ -151,8 +163,7 @@ def test_mask_rows_do_not_depend_on_other_requests() -> None:
         decoder, tokens_BC, start_B, visible_BRR, adapter
     )
     for b in range(3):
-        cache, one = Cache(decoder, 3, torch.bfloat16), slice(b, b + 1)
-        cache.k, cache.v = cache.k[:, one], cache.v[:, one]
+        cache, one = Cache(decoder, 3, torch.bfloat16).one(b), slice(b, b + 1)
         alone = cache.forward(decoder, tokens_BC[one], start_B[one], visible_BRR[one], adapter)
         assert torch.equal(alone[0], together[b])
 
@@ -198,9 +209,9 @@ def test_an_adapter_of_another_dtype_is_refused() -> None:
 def test_rows_must_fit_into_the_cache() -> None:
     decoder, _ = model("llama", torch.float32)
     visible_BRR = torch.ones(1, 4, 4, dtype=torch.bool)
-    with pytest.raises(ValueError, match="do not fit into the cache"):
+    with pytest.raises(ValueError, match="do not fit into 4 blocks"):
         Cache(decoder, 1, torch.float32).forward(
-            decoder, torch.arange(4)[None], torch.tensor([LENGTH - 3]), visible_BRR, None
+            decoder, torch.arange(4)[None], torch.tensor([61]), visible_BRR, None
         )
 
 
@@ -208,8 +219,8 @@ def test_an_adapter_in_training_takes_the_torch_path() -> None:
     decoder, adapter = copy.deepcopy(model("llama", torch.float32))
     cache = Cache(decoder, 1, torch.float32)
     visible_BRR = torch.ones(1, 4, 4, dtype=torch.bool)
-    attention = CachedAttention(
-        cache.k, cache.v, torch.tensor([0]), torch.arange(4)[None], visible_BRR
+    attention = PagedAttention(
+        cache.k, cache.v, cache.table, torch.tensor([0]), torch.arange(4)[None], visible_BRR
     )
     x_BRH = torch.zeros(1, 4, decoder.config.hidden_size)
     assert cpu_stack.takes(x_BRH, attention, adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from idlm.model.attention import CachedAttention, CausalAttention
+from idlm.model.attention import CausalAttention, PagedAttention
 from idlm.model.checkpoint import load_decoder
 from idlm.model.decoder import Decoder
 from idlm.model.tokenizer import Tokenizer
+from tests.support.paged import block_table, paged
 from tests.support.tiny import tiny_model
 
 TOLERANCE = 1e-4
@@ -89,8 +91,16 @@ class _Cache:
         config = decoder.config
         shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
         self.decoder = decoder
-        self.k_LBKSD, self.v_LBKSD = torch.zeros(shape), torch.zeros(shape)
+        self.table_BP = block_table(batch, length)
+        self.k_LNKTD, self.v_LNKTD = (paged(torch.zeros(shape), self.table_BP) for _ in "kv")
         self.start_B = torch.zeros(batch, dtype=torch.int64)
+
+    def one(self, b: int) -> _Cache:
+        """The cache of request ``b`` alone, over the same memory, empty."""
+        cache = copy.copy(self)
+        cache.table_BP = self.table_BP[b : b + 1]
+        cache.start_B = torch.zeros(1, dtype=torch.int64)
+        return cache
 
     @torch.no_grad()
     def logits(
@@ -100,9 +110,10 @@ class _Cache:
         visible_BRR: torch.Tensor,
         num_masks: int = 0,
     ) -> torch.Tensor:
-        attention = CachedAttention(
-            self.k_LBKSD,
-            self.v_LBKSD,
+        attention = PagedAttention(
+            self.k_LNKTD,
+            self.v_LNKTD,
+            self.table_BP,
             self.start_B,
             positions_BR,
             visible_BRR,
@@ -161,10 +172,7 @@ def test_in_flight_visibility_equals_dense_mask(pair: tuple[Decoder, PreTrainedM
 
     cache = _Cache(decoder, batch=2, length=max(starts) + R)
     for b, start in enumerate(starts):
-        single = _Cache(decoder, batch=1, length=start)
-        single.append(prompts_BS[b : b + 1, :start])
-        cache.k_LBKSD[:, b, :, :start] = single.k_LBKSD[:, 0]
-        cache.v_LBKSD[:, b, :, :start] = single.v_LBKSD[:, 0]
+        cache.one(b).append(prompts_BS[b : b + 1, :start])
         cache.start_B[b] = start
     positions_BR = cache.start_B[:, None] + offsets_R
     logits_BRV = cache.logits(rows_BC, positions_BR, visible_BRR, num_masks=M)
@@ -197,8 +205,8 @@ def test_rows_are_invisible_unless_named(tmp_path: Path) -> None:
     def last_row(hidden_token: int, stale: float) -> torch.Tensor:
         cache = _Cache(decoder, batch=1, length=16)
         cache.append(tokens_BS)
-        cache.k_LBKSD[..., 12:, :] = stale
-        cache.v_LBKSD[..., 12:, :] = stale
+        cache.k_LNKTD[..., 12:, :] = stale
+        cache.v_LNKTD[..., 12:, :] = stale
         rows_BR = torch.tensor([[5, hidden_token, 9]])
         return cache.logits(rows_BR, torch.tensor([[12, 13, 13]]), visible_BRR)[0, 2]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from idlm.model.adapter import Adapter, AdapterConfig
-from idlm.model.attention import CachedAttention, CausalAttention
+from idlm.model.attention import CausalAttention, PagedAttention
 from idlm.model.config import ModelConfig, RopeConfig
 from idlm.model.decoder import Decoder
 from idlm.training.config import ConvertConfig
@@ -94,16 +94,17 @@ def decode_time_hidden(
 ) -> torch.Tensor:
     """Hidden states of the mask rows when token ``b`` is pending, by the inference path."""
     c = decoder.config
-    shape = (c.num_layers, 1, c.num_kv_heads, 64, c.head_dim)
+    shape = (c.num_layers, 5, c.num_kv_heads, 16, c.head_dim)
     k, v = torch.zeros(shape), torch.zeros(shape)
+    table = torch.arange(1, 5, dtype=torch.int32)[None]
     if b > 0:
         positions = torch.arange(b)[None]
         visible = torch.ones(1, b, b, dtype=torch.bool).tril()
-        prefill = CachedAttention(k, v, torch.zeros(1, dtype=torch.long), positions, visible)
+        prefill = PagedAttention(k, v, table, torch.zeros(1, dtype=torch.long), positions, visible)
         decoder(tokens_S[None, :b], positions, prefill)
     positions = torch.arange(b, b + 1 + M)[None]
     visible = torch.ones(1, M + 1, M + 1, dtype=torch.bool).tril()
-    attention = CachedAttention(k, v, torch.tensor([b]), positions, visible)
+    attention = PagedAttention(k, v, table, torch.tensor([b]), positions, visible)
     hidden = decoder(tokens_S[None, b : b + 1], positions, attention, num_masks=M, adapter=adapter)
     return hidden[0, 1:]
 

@@ -18,7 +18,7 @@ from idlm.decoding.propose import propose
 from idlm.decoding.sampling import Sampling
 from idlm.decoding.verify import Drafts, Verdict, verify
 from idlm.model.adapter import Adapter
-from idlm.model.attention import CachedAttention
+from idlm.model.attention import PagedAttention
 from idlm.model.decoder import Decoder
 
 # Rows of a forward up to which mask blocks that will not be used go through the output layer too.
@@ -91,22 +91,24 @@ class Outcome:
 
 def decode(
     method: Method,
-    k_LBKSD: torch.Tensor,
-    v_LBKSD: torch.Tensor,
+    k_LNKTD: torch.Tensor,
+    v_LNKTD: torch.Tensor,
+    table_BP: torch.Tensor,
     state: State,
     sampling: Sampling,
 ) -> Outcome:
-    """Run one cycle for ``B`` requests; the caches need room for ``layout.num_rows`` more."""
+    """Run one cycle for ``B`` requests; their blocks need room for ``layout.num_rows`` more."""
     layout, drafts = method.layout, state.drafts
     # Nobody has drafts: no rows for them. Elsewhere, to look would be to wait for the device.
     if layout.block_size and drafts.count_B.device.type == "cpu" and not drafts.count_B.any():
         tokens_B1 = state.pending_B[:, None]
-        return _without_drafts(method, k_LBKSD, v_LBKSD, tokens_B1, state.length_B, sampling)
+        return prefill(method, k_LNKTD, v_LNKTD, table_BP, tokens_B1, state.length_B, sampling)
     tables = row_tables(layout, state.pending_B.device)
     positions_BR = state.length_B[:, None] + tables.offsets_NR[drafts.count_B]
-    attention = CachedAttention(
-        k_LBKSD,
-        v_LBKSD,
+    attention = PagedAttention(
+        k_LNKTD,
+        v_LNKTD,
+        table_BP,
         state.length_B,
         positions_BR,
         tables.visible_NRR[drafts.count_B],
@@ -131,50 +133,46 @@ def decode(
 
 def prefill(
     method: Method,
-    k_LBKSD: torch.Tensor,
-    v_LBKSD: torch.Tensor,
-    prompt_BP: torch.Tensor,
-    sampling: Sampling,
-    *,
-    chunk: int = 512,
-) -> Outcome:
-    """Run prompts of equal length (int64) in chunks, the last one with a mask block.
-
-    The outcome is that of a cycle without drafts: the first token, and proposals after it.
-    """
-    B, P = prompt_BP.shape
-    start_B = torch.zeros(B, dtype=torch.int64, device=prompt_BP.device)
-    start = 0
-    while P - start > chunk:
-        tokens_BC = prompt_BP[:, start : start + chunk]
-        _causal(method, k_LBKSD, v_LBKSD, tokens_BC, start_B + start, 0)
-        start += chunk
-    return _without_drafts(
-        method, k_LBKSD, v_LBKSD, prompt_BP[:, start:], start_B + start, sampling
-    )
-
-
-def _without_drafts(
-    method: Method,
-    k_LBKSD: torch.Tensor,
-    v_LBKSD: torch.Tensor,
+    k_LNKTD: torch.Tensor,
+    v_LNKTD: torch.Tensor,
+    table_BP: torch.Tensor,
     tokens_BC: torch.Tensor,
     start_B: torch.Tensor,
     sampling: Sampling,
 ) -> Outcome:
-    """A cycle with nothing to verify: tokens, the last of them pending, and a mask block."""
+    """A cycle with nothing to verify: the end of a prompt, its last token pending.
+
+    Args:
+        tokens_BC: what stands at positions ``start`` and after, int64; a mask block follows.
+        start_B: tokens before it whose keys are cached (see `cache`), int64.
+    Returns:
+        The first token after the prompt, and proposals for those that follow it.
+    """
     (B, C), masks = tokens_BC.shape, method.layout.block_size
-    hidden_BRH = _causal(method, k_LBKSD, v_LBKSD, tokens_BC, start_B, masks)
+    hidden_BRH = _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, start_B, masks)
     length_B = start_B + C - 1
     state = State(tokens_BC[:, -1], length_B, Drafts.none(B, tokens_BC.device))
     block_after_B1 = torch.full_like(length_B, 0 if masks else -1)[:, None]
     return _conclude(method, hidden_BRH[:, C - 1 :], masks, block_after_B1, state, sampling)
 
 
+def cache(
+    method: Method,
+    k_LNKTD: torch.Tensor,
+    v_LNKTD: torch.Tensor,
+    table_BP: torch.Tensor,
+    tokens_BC: torch.Tensor,
+    start_B: torch.Tensor,
+) -> None:
+    """Cache keys and values of the tokens (int64) at positions ``start`` (int64) and after."""
+    _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, start_B, 0)
+
+
 def _causal(
     method: Method,
-    k_LBKSD: torch.Tensor,
-    v_LBKSD: torch.Tensor,
+    k_LNKTD: torch.Tensor,
+    v_LNKTD: torch.Tensor,
+    table_BP: torch.Tensor,
     tokens_BC: torch.Tensor,
     start_B: torch.Tensor,
     num_masks: int,
@@ -184,9 +182,10 @@ def _causal(
     rows, device = C + num_masks, tokens_BC.device
     positions_BR = start_B[:, None] + torch.arange(rows, device=device)
     visible_BRR = torch.ones(rows, rows, dtype=torch.bool, device=device).tril().repeat(B, 1, 1)
-    attention = CachedAttention(
-        k_LBKSD,
-        v_LBKSD,
+    attention = PagedAttention(
+        k_LNKTD,
+        v_LNKTD,
+        table_BP,
         start_B,
         positions_BR,
         visible_BRR,

@@ -3,28 +3,66 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
-import time
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Concatenate, ParamSpec
 
 import torch
 
-from idlm.decoding.cycle import Method, Outcome, State, decode, prefill
+from idlm.decoding.cycle import Method
 from idlm.decoding.params import SamplingParams
-from idlm.decoding.sampling import Sampling
-from idlm.decoding.verify import Drafts
+from idlm.engine.batch import Batch
+from idlm.engine.blocks import BlockPool
+from idlm.engine.check import check_request
+from idlm.engine.commit import Commit
 from idlm.engine.grammar import grammars_of
-from idlm.engine.kv_cache import KVCache
-from idlm.engine.request import Logprob, Phase, Request, Source
+from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
+from idlm.engine.request import Request
+from idlm.engine.runner import Runner
+from idlm.engine.scheduler import Scheduler
 from idlm.errors import InvalidRequestError
 from idlm.model.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts since the engine's beginning, and how full it is now.
+
+    Attributes:
+        kv_tokens, kv_capacity: tokens of the blocks that requests hold, and of all blocks.
+        prefix_hit_tokens: of prompts, found in the cache when a request was first admitted.
+        preemptions: times that a request had to leave because blocks ran out.
+        evictions: cached blocks that nobody held and whose place was needed.
+        failed_forwards: those that raised; each request of one was then tried alone.
+    """
+
+    waiting: int
+    running: int
+    kv_tokens: int
+    kv_capacity: int
+    prefix_hit_tokens: int
+    preemptions: int
+    evictions: int
+    failed_forwards: int
+
 
 class Engine:
-    """Runs requests of one `Method`; first come, first served.
+    """Runs requests of one `Method`: first come, first served, by priority.
 
-    The running requests are rows 0 .. n-1 of the batch and of the KV cache.
+    Args:
+        max_batch: requests that run at once; more wait.
+        kv_cache_tokens: tokens whose keys and values are kept; None: as many as ``max_batch``
+            requests of the model's context have, but no more than a share of the free memory.
+        chunk: tokens of a prompt that run in one forward.
+    Raises:
+        InvalidRequestError: ``kv_cache_tokens`` is not a positive whole number.
     """
 
     def __init__(
@@ -35,45 +73,36 @@ class Engine:
         device: torch.device,
         dtype: torch.dtype,
         max_batch: int,
+        kv_cache_tokens: int | None = None,
+        chunk: int = 512,
     ) -> None:
+        if kv_cache_tokens is not None and (
+            isinstance(kv_cache_tokens, bool)
+            or not isinstance(kv_cache_tokens, int)
+            or kv_cache_tokens < 1
+        ):
+            raise InvalidRequestError(
+                f"kv_cache_tokens must be a whole number of at least 1, not {kv_cache_tokens!r}."
+            )
         config = method.decoder.config
         self.method, self.tokenizer, self.device = method, tokenizer, device
-        self.context = config.max_position_embeddings
-        self.max_batch = max_batch
+        self.dtype, self.max_batch, self.chunk = dtype, max_batch, chunk
+        self._kv_cache_tokens = kv_cache_tokens
         self._eos = frozenset(config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
         self._grammars = grammars_of(tokenizer, config.vocab_size, self._eos)
-        self._cache = KVCache(config, device, dtype)
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
-        self._state: State | None = None
-        self._sampling: Sampling | None = None
         self._ids = itertools.count()
+        self._failed_forwards = 0
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequestError` for a request that cannot be run."""
-        vocab = self.method.decoder.config.vocab_size
-        if not prompt_token_ids:
-            raise InvalidRequestError("The prompt is empty; give at least one token.")
-        for token in prompt_token_ids:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise InvalidRequestError(
-                    f"Token id {token!r} is not in the vocabulary (0 to {vocab - 1})."
-                )
-        if len(prompt_token_ids) >= self.context:
-            raise InvalidRequestError(
-                f"The prompt has {len(prompt_token_ids)} tokens; the context holds "
-                f"{self.context}, and the answer needs at least one. Shorten the prompt."
-            )
-        for token in [*(params.logit_bias or {}), *(params.stop_token_ids or ())]:
-            if not 0 <= token < vocab:
-                raise InvalidRequestError(
-                    f"Token id {token} in logit_bias or stop_token_ids is not in the vocabulary "
-                    f"(0 to {vocab - 1})."
-                )
+        vocab_size = self.method.decoder.config.vocab_size
+        check_request(prompt_token_ids, params, vocab_size, self._context, self._room)
         self._grammars.start(params)
 
-    def add(self, prompt_token_ids: list[int], params: SamplingParams) -> Request:
-        """Queue a request.
+    def add(
+        self, prompt_token_ids: list[int], params: SamplingParams, priority: int = 0
+    ) -> Request:
+        """Queue a request; those of lower ``priority`` run first.
 
         Raises:
             InvalidRequestError: see `check`.
@@ -86,168 +115,163 @@ class Engine:
             secrets.randbits(63) if params.seed is None else params.seed,
             self.tokenizer,
             self._eos,
-            self.context,
+            min(self._context, self._room),
             self._grammars.start(params),
+            priority,
         )
-        self._waiting.append(request)
+        self._scheduler.add(request)
         return request
 
     @torch.inference_mode()
     def abort(self, request: Request) -> None:
         """End ``request`` at once; what it held is free for others."""
-        if request.finished:
-            return
-        if request.phase is Phase.WAITING:
-            self._waiting.remove(request)
-        request.abort()
-        self._drop_finished()
+        if not request.finished:
+            request.abort()
+            self._scheduler.remove(request)
 
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
-        return bool(self._waiting or self._running)
+        s = self._scheduler
+        return bool(s.waiting or s.prefilling or s.running)
 
     @property
     def kv_capacity(self) -> int:
         """Tokens whose keys and values the memory set aside holds."""
-        return self._cache.k_LBKSD.shape[1] * self._cache.k_LBKSD.shape[3]
+        return self._pool.capacity
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts and load, now."""
+        scheduler, pool = self._scheduler, self._pool
+        return EngineStats(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running) + (scheduler.prefilling is not None),
+            kv_tokens=pool.held * pool.block_tokens,
+            kv_capacity=pool.capacity,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            preemptions=scheduler.preemptions,
+            evictions=pool.evictions,
+            failed_forwards=self._failed_forwards,
+        )
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """One forward: a prefill if a request can join the batch, else one decoding cycle.
+        """At most one decoding cycle of those that run and one chunk of a prompt.
+
+        A cycle that raises is tried again for each request alone; one that raises alone ends its
+        request with the finish reason ``error``.
 
         Returns:
             The requests that went forward.
         """
-        if self._waiting and len(self._running) < self.max_batch:
-            moved = [self._prefill(self._waiting.popleft())]
-        elif self._running:
-            moved = self._decode()
-        else:
-            return []
-        self._drop_finished()
+        self._scheduler.schedule()
+        self._batch.become(self._scheduler.running)
+        moved = list(self._batch.requests)
+        if moved:
+            self._decode(self._batch)
+        if request := self._scheduler.prefilling:
+            self._guarded(self._prefill, request)
+            moved.append(request)
+        for request in moved:
+            if request.finished:
+                self._scheduler.remove(request)
         return moved
 
-    def _prefill(self, request: Request) -> Request:
-        slot = len(self._running)
-        length = len(request.prompt_token_ids) + request.max_tokens + self.method.layout.num_rows
-        self._cache.ensure(slot + 1, length)
-        request.phase, request.started = Phase.RUNNING, time.perf_counter()
-        sampling = self._sampling_of([request])
-        self._restrict(sampling, [request], Drafts.none(1, self.device))
-        outcome = prefill(
-            self.method,
-            self._cache.k_LBKSD[:, slot : slot + 1],
-            self._cache.v_LBKSD[:, slot : slot + 1],
-            torch.tensor([request.prompt_token_ids], device=self.device),
-            sampling,
-        )
-        self._running.append(request)
-        parts = [outcome.state] if self._state is None else [self._state, outcome.state]
-        self._state, self._sampling = State.cat(parts), None
-        self._commit([request], outcome)
-        return request
-
-    def _decode(self) -> list[Request]:
-        assert self._state is not None
-        if self._sampling is None:
-            self._sampling = self._sampling_of(self._running)
-        self._restrict(self._sampling, self._running, self._state.drafts)
-        n = len(self._running)
-        outcome = decode(
-            self.method,
-            self._cache.k_LBKSD[:, :n],
-            self._cache.v_LBKSD[:, :n],
-            self._state,
-            self._sampling,
-        )
-        self._state = outcome.state
-        moved = list(self._running)
-        self._commit(moved, outcome)
-        return moved
-
-    def _sampling_of(self, requests: list[Request]) -> Sampling:
-        return Sampling.of(
-            [r.params for r in requests],
-            [r.seed for r in requests],
-            [r.prompt_token_ids for r in requests],
-            [r.token_ids for r in requests],
-            self.method.decoder.config.vocab_size,
-            self.device,
-        )
-
-    def _restrict(self, sampling: Sampling, requests: list[Request], drafts: Drafts) -> None:
-        """Let grammars say what may follow each of the model's own rows of this forward."""
-        if not any(r.params.constrained for r in requests):
+    def _decode(self, batch: Batch) -> None:
+        requests = batch.requests
+        try:
+            outcome = batch.decode()
+            commit = Commit.of(outcome)
+        except Exception as error:
+            self._failed_forwards += 1
+            if len(requests) == 1:
+                self._fail(requests[0], error)
+                return
+            logger.warning("A forward of %d requests failed; each is tried alone.", len(requests))
+            batches = batch.alone()
+            for alone in batches:
+                self._decode(alone)
+            batch.join(batches)
             return
-        tokens, counts = drafts.tokens_BM.tolist(), drafts.count_B.tolist()
-        sampling.allowed_BNV = self._grammars.allowed(
-            [r.grammar for r in requests],
-            [t[:count] for t, count in zip(tokens, counts, strict=True)],
-            rows=drafts.tokens_BM.shape[1] + 1,
-        ).to(self.device)
-
-    def _commit(self, requests: list[Request], outcome: Outcome) -> None:
-        """Give every request its new tokens, up to the one that ends it."""
-        tokens = outcome.tokens_BN.tolist()
-        accepted = outcome.verdict.accepted_B.tolist()
-        drafted = outcome.drafted_B.tolist()
-        overlap = outcome.verdict.overlap_BM.tolist()
+        batch.advance(outcome)
         for row, request in enumerate(requests):
-            request.stats.forward(drafted[row], accepted[row], overlap[row], outcome.rows)
-            logprobs = self._logprobs(request, outcome, row, accepted[row] + 1)
-            for place in range(accepted[row] + 1):
-                if place < accepted[row]:
-                    source = Source.DRAFT
-                else:
-                    rejected = accepted[row] < drafted[row]
-                    source = Source.CORRECTION if rejected else Source.SAMPLED
-                request.append(
-                    tokens[row][place], source, None if logprobs is None else logprobs[place]
-                )
-                if request.finished:
-                    break
+            self._guarded(self._commit, request, commit, row)
 
-    def _logprobs(
-        self, request: Request, outcome: Outcome, row: int, count: int
-    ) -> list[dict[int, Logprob]] | None:
-        """For each of ``count`` new tokens, its log-probability and those of the likeliest."""
-        top = request.params.logprobs
-        if top is None:
-            return None
-        logprobs_NV = outcome.logits_BNV[row, :count].float().log_softmax(-1)
-        chosen_N1 = outcome.tokens_BN[row, :count, None]
-        ranks_N1 = (logprobs_NV > logprobs_NV.gather(1, chosen_N1)).sum(-1, keepdim=True) + 1
-        best_NT = logprobs_NV.topk(top, dim=-1).indices
-        ids_NX = torch.cat((chosen_N1, best_NT), dim=1)
-        places = torch.arange(1, top + 1, device=ids_NX.device).expand_as(best_NT)
-        ranks_NX = torch.cat((ranks_N1, places), dim=1)
-        rows = zip(
-            ids_NX.tolist(), logprobs_NV.gather(1, ids_NX).tolist(), ranks_NX.tolist(), strict=True
+    def _prefill(self, request: Request) -> None:
+        """Run the next chunk of what is not cached; after a prompt's last one, decoding begins."""
+        end = min(request.cached + self.chunk, request.prefill_end)
+        last = end == request.prefill_end
+        if last and not request.token_ids:
+            outcome = self._runner.prefill(request, end)
+            self._commit(request, Commit.of(outcome), 0)
+            request.state = outcome.state
+        else:
+            self._runner.cache(request, end)
+            self._keep(request, end)
+        if last and not request.finished:
+            self._scheduler.prefilled(request)
+
+    def _commit(self, request: Request, commit: Commit, row: int) -> None:
+        commit.give(row, request, self.tokenizer)
+        self._keep(request, request.num_tokens - 1)
+
+    def _keep(self, request: Request, cached: int) -> None:
+        """Note that the first ``cached`` tokens of ``request`` are cached."""
+        request.cached = cached
+        self._pool.commit(request.lease, request.tokens, cached)
+
+    def _guarded(
+        self,
+        act: Callable[Concatenate[Request, P], None],
+        request: Request,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> None:
+        try:
+            act(request, *args, **kwargs)
+        except Exception as error:
+            self._failed_forwards += 1
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        logger.error("Request %d failed.", request.id, exc_info=error)
+        request.fail(error)
+
+    @property
+    def _context(self) -> int:
+        return self.method.decoder.config.max_position_embeddings
+
+    @property
+    def _room(self) -> int:
+        """The longest prompt and answer that fit into all blocks, with the rows in flight."""
+        return self._pool.capacity - self.method.layout.num_rows
+
+    # Made when the first request comes: memory may be taken by other engines until then.
+
+    @cached_property
+    def _cache(self) -> KVCache:
+        longest = self._context + self.method.layout.num_rows + BLOCK_TOKENS
+        return KVCache(
+            self.method.decoder.config,
+            self.device,
+            self.dtype,
+            self._kv_cache_tokens,
+            self.max_batch * longest,
         )
-        # Reversed, so that the chosen token's own entry (its true rank) comes last and stays.
-        return [
-            {
-                token: Logprob(logprob, rank, self.tokenizer.token_text(token))
-                for token, logprob, rank in reversed(list(zip(*entry, strict=True)))
-            }
-            for entry in rows
-        ]
 
-    def _drop_finished(self) -> None:
-        """Close the gaps that finished requests leave: the last running one moves in."""
-        if not any(r.finished for r in self._running):
-            return
-        assert self._state is not None
-        order = list(range(len(self._running)))
-        for row in reversed(range(len(self._running))):
-            if self._running[row].finished:
-                last = order.pop()
-                request = self._running.pop()
-                if row < len(order):
-                    self._cache.move(len(order), row)
-                    order[row], self._running[row] = last, request
-        self._state = self._state.select(torch.tensor(order, dtype=torch.int64, device=self.device))
-        self._sampling = None
-        if not self._running:
-            self._state = None
+    @cached_property
+    def _pool(self) -> BlockPool:
+        return BlockPool(self._cache.num_blocks, BLOCK_TOKENS)
+
+    @cached_property
+    def _scheduler(self) -> Scheduler:
+        return Scheduler(self._pool, self.max_batch, self.method.layout.num_rows)
+
+    @cached_property
+    def _runner(self) -> Runner:
+        return Runner(self.method, self._cache, self._grammars, self.device)
+
+    @cached_property
+    def _batch(self) -> Batch:
+        return Batch(self._runner)

@@ -6,8 +6,10 @@ import enum
 import time
 from dataclasses import dataclass, field
 
+from idlm.decoding.cycle import State
 from idlm.decoding.metrics import DecodeStats
 from idlm.decoding.params import SamplingParams
+from idlm.engine.blocks import Lease
 from idlm.engine.grammar import Grammar
 from idlm.model.tokenizer import Detokenizer, Tokenizer
 
@@ -16,7 +18,9 @@ class Phase(enum.Enum):
     """Where a request is."""
 
     WAITING = "waiting"
+    PREFILL = "prefill"
     RUNNING = "running"
+    PREEMPTED = "preempted"
     FINISHED = "finished"
 
 
@@ -30,11 +34,13 @@ class Source(enum.StrEnum):
 
 
 class FinishReason(enum.StrEnum):
-    """Why a request ended: an end token or stop string, or the limit on tokens or context."""
+    """Why a request ended: an end token or stop string, the limit on tokens or context, or from
+    outside; or its forward failed."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,22 @@ class Logprob:
     decoded_token: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt, its parameters and all that has come of it so far.
 
     ``text`` is complete UTF-8 without stop strings; what may still become part of one is held
     back until it is decided.
+
+    Attributes:
+        priority: lower ones run first.
+        error: what ended it, if its finish reason is ``error``.
+        started: `time.perf_counter` at its first admission; 0: not yet.
+        lease: its blocks of the KV cache.
+        cached: tokens of prompt and output whose keys and values are in them.
+        state: what it decodes on from, while it is not in a batch; None before its first token.
+        prefix_hit_tokens: tokens of the prompt that were cached when it was first admitted.
+        preemptions: how often it had to leave and come back.
     """
 
     id: int
@@ -62,6 +78,7 @@ class Request:
     stop_token_ids: frozenset[int]
     detokenizer: Detokenizer
     grammar: Grammar | None = None
+    priority: int = 0
     phase: Phase = Phase.WAITING
     token_ids: list[int] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
@@ -69,7 +86,13 @@ class Request:
     text: str = ""
     finish_reason: FinishReason | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
+    error: Exception | None = None
     started: float = 0.0
+    lease: Lease = field(default_factory=Lease)
+    cached: int = 0
+    state: State | None = None
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
     _held: str = ""
 
     @classmethod
@@ -83,6 +106,7 @@ class Request:
         eos_token_ids: frozenset[int],
         context: int,
         grammar: Grammar | None = None,
+        priority: int = 0,
     ) -> Request:
         """A waiting request; ``context`` is the longest prompt and output together."""
         room = context - len(prompt_token_ids)
@@ -96,12 +120,31 @@ class Request:
             stop_token_ids=own_stops if params.ignore_eos else own_stops | eos_token_ids,
             detokenizer=Detokenizer(tokenizer),
             grammar=grammar,
+            priority=priority,
         )
 
     @property
     def finished(self) -> bool:
         """Whether no more tokens will come."""
         return self.phase is Phase.FINISHED
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and output."""
+        return len(self.prompt_token_ids) + len(self.token_ids)
+
+    @property
+    def prefill_end(self) -> int:
+        """Tokens to cache before it can decode: all but the pending one, which comes with it."""
+        return self.num_tokens - 1 if self.token_ids else self.num_tokens
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Tokens ``start`` to ``stop - 1`` of prompt and output."""
+        prompt = len(self.prompt_token_ids)
+        return (
+            self.prompt_token_ids[start:stop]
+            + self.token_ids[max(start - prompt, 0) : max(stop - prompt, 0)]
+        )
 
     def append(self, token: int, source: Source, logprobs: dict[int, Logprob] | None) -> None:
         """Take one committed token; the request may be finished by it."""
@@ -123,6 +166,11 @@ class Request:
     def abort(self) -> None:
         """End the request where it stands."""
         self._end(FinishReason.ABORT)
+
+    def fail(self, error: Exception) -> None:
+        """End the request because of ``error``."""
+        self.error = error
+        self._finish(FinishReason.ERROR)
 
     def _end(self, reason: FinishReason) -> None:
         """Finish with all text that is still held."""
@@ -152,7 +200,9 @@ class Request:
         self.phase = Phase.FINISHED
         self.finish_reason = reason
         self.stats.tokens = len(self.token_ids)
-        self.stats.seconds = time.perf_counter() - self.started
+        self.state = None
+        if self.started:
+            self.stats.seconds = time.perf_counter() - self.started
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -81,15 +81,17 @@ class CausalAttention:
         return o.transpose(1, 2)
 
 
-class CachedAttention:
-    """Attention of in-flight rows over a contiguous KV cache and over each other.
+class PagedAttention:
+    """Attention of in-flight rows over a paged KV cache and over each other.
 
-    Row ``r`` of request ``b`` writes its key and value at index ``start_b + r`` of the cache,
-    and sees the ``start_b`` committed tokens plus the in-flight rows that ``visible`` names.
+    Index ``i`` of request ``b`` lies in block ``table[b, i // T]`` at ``i % T``. Row ``r`` writes
+    its key and value at index ``start_b + r``, and sees the ``start_b`` committed tokens plus the
+    in-flight rows that ``visible`` names.
 
     Args:
-        k_LBKSD, v_LBKSD: the cache, written in place; index ``i`` holds the token at position
-            ``i`` for ``i < start_b``.
+        k_LNKTD, v_LNKTD: N blocks of T tokens, written in place; index ``i`` holds the token at
+            position ``i`` for ``i < start_b``.
+        table_BP: blocks of each request, int32; entries that no row reaches may be any block.
         start_B: committed tokens per request, int64.
         positions_BR: position of every row, int64.
         visible_BRR: bool; ``visible[b, r, c]``: row ``r`` sees in-flight row ``c``.
@@ -98,55 +100,64 @@ class CachedAttention:
 
     def __init__(
         self,
-        k_LBKSD: torch.Tensor,
-        v_LBKSD: torch.Tensor,
+        k_LNKTD: torch.Tensor,
+        v_LNKTD: torch.Tensor,
+        table_BP: torch.Tensor,
         start_B: torch.Tensor,
         positions_BR: torch.Tensor,
         visible_BRR: torch.Tensor,
         window: int | None = None,
     ) -> None:
-        self.k_LBKSD, self.v_LBKSD = k_LBKSD, v_LBKSD
+        self.k_LNKTD, self.v_LNKTD, self.table_BP = k_LNKTD, v_LNKTD, table_BP
         self.start_B, self.positions_BR, self.visible_BRR = start_B, positions_BR, visible_BRR
         self.window = window
-        self._native = cpu_kernels.usable(k_LBKSD)
+        self._native = cpu_kernels.usable(k_LNKTD)
         if not self._native:
-            B, R = positions_BR.shape
-            device = positions_BR.device
-            self._slots_BR = start_B[:, None] + torch.arange(R, device=device)
-            self._batch_B1 = torch.arange(B, device=device)[:, None]
-            self._span = int(start_B.max()) + R
-            self._bias_BRS = self._bias(k_LBKSD.dtype)
+            T, R = k_LNKTD.shape[3], positions_BR.shape[1]
+            self._index_BR = start_B[:, None] + torch.arange(R, device=start_B.device)
+            self._blocks_BR = table_BP.gather(1, self._index_BR // T)
+            index_S = torch.arange(table_BP.shape[1] * T, device=start_B.device)
+            self._dead_B1S1 = (index_S >= start_B[:, None] + R)[:, None, :, None]
+            self._bias_BRS = self._bias(index_S, k_LNKTD.dtype)
 
     def __call__(
         self, layer: int, q_BRQD: torch.Tensor, k_BRKD: torch.Tensor, v_BRKD: torch.Tensor
     ) -> torch.Tensor:
-        k_BKSD, v_BKSD = self.k_LBKSD[layer], self.v_LBKSD[layer]
+        k_NKTD, v_NKTD = self.k_LNKTD[layer], self.v_LNKTD[layer]
         if self._native:
-            cpu_kernels.append(k_BRKD, k_BKSD, self.start_B)
-            cpu_kernels.append(v_BRKD, v_BKSD, self.start_B)
+            cpu_kernels.append(k_BRKD, k_NKTD, self.table_BP, self.start_B)
+            cpu_kernels.append(v_BRKD, v_NKTD, self.table_BP, self.start_B)
             return cpu_kernels.attention(
                 q_BRQD,
-                k_BKSD,
-                v_BKSD,
+                k_NKTD,
+                v_NKTD,
+                self.table_BP,
                 self.start_B,
                 self.visible_BRR,
                 self.positions_BR,
                 scale=q_BRQD.shape[-1] ** -0.5,
                 window=self.window,
             )
-        k_BKSD.transpose(1, 2)[self._batch_B1, self._slots_BR] = k_BRKD
-        v_BKSD.transpose(1, 2)[self._batch_B1, self._slots_BR] = v_BRKD
-        S = self._span
-        return grouped_attention(q_BRQD, k_BKSD[:, :, :S], v_BKSD[:, :, :S], self._bias_BRS)
+        slots_BR = self._index_BR % k_NKTD.shape[2]
+        k_NKTD[self._blocks_BR, :, slots_BR] = k_BRKD
+        v_NKTD[self._blocks_BR, :, slots_BR] = v_BRKD
+        return grouped_attention(
+            q_BRQD, self._gathered(k_NKTD), self._gathered(v_NKTD), self._bias_BRS
+        )
 
-    def _bias(self, dtype: torch.dtype) -> torch.Tensor:
+    def _gathered(self, cache_NKTD: torch.Tensor) -> torch.Tensor:
+        """``[B, K, S, D]``: the keys or values of each request in a row."""
+        cache_BKSD = cache_NKTD[self.table_BP].transpose(1, 2).flatten(2, 3)
+        # What has not been written may be NaN, which a weight of 0 does not take away.
+        return cache_BKSD.masked_fill(self._dead_B1S1, 0)
+
+    def _bias(self, index_S: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         B, R = self.positions_BR.shape
-        index_S = torch.arange(self._span, device=self.start_B.device)
         committed_B1S = (index_S < self.start_B[:, None])[:, None]
         visible_BRS = committed_B1S.repeat(1, R, 1)
-        visible_BRS.scatter_(2, self._slots_BR[:, None].expand(B, R, R), self.visible_BRR)
+        visible_BRS.scatter_(2, self._index_BR[:, None].expand(B, R, R), self.visible_BRR)
         if self.window is not None:
             key_positions_BS = index_S.repeat(B, 1)
-            key_positions_BS.scatter_(1, self._slots_BR, self.positions_BR)
+            key_positions_BS.scatter_(1, self._index_BR, self.positions_BR)
             visible_BRS &= within_window(self.positions_BR, key_positions_BS, self.window)
         return visibility_bias(visible_BRS, dtype)

@@ -632,14 +632,21 @@ static void mix_fp32(int rows, int64_t d, float *o, int64_t os, const float *con
     mix(rows, false, d, o, os, p, v, vs, keys);
 }
 
+/* A cache of blocks of `tokens` keys or values (a multiple of OB): index i of request b lies in
+ * block table[b * most + i / tokens]. Strides in elements; the last dimension is dense. */
+typedef struct {
+    const int32_t *table;
+    int64_t most, blocks, tokens, block_stride, head_stride, row_stride;
+} Pages;
+
 typedef struct {
     const char *q, *k, *v;
     char *out;
-    /* Strides in elements; the last dimension is dense. */
-    int64_t q_batch, q_row, q_head, kv_batch, kv_head, kv_row;
+    int64_t q_batch, q_row, q_head; /* strides in elements; the last dimension is dense */
+    Pages pages;
     const int64_t *start, *positions;
     const uint8_t *visible;
-    int64_t rows, kv_heads, group, head_dim, cache_length, window, tile, tiles;
+    int64_t rows, kv_heads, group, head_dim, window, tile, tiles;
     float scale;
 } Attention;
 
@@ -668,9 +675,11 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
     const int64_t m0 = index % a->tiles * a->tile;
     const int rows = (int)min64(a->tile, a->rows * a->group - m0);
     const int64_t keys = a->start[b] + a->rows;
-    const int64_t kv_offset = (b * a->kv_batch + head * a->kv_head) * size;
-    const char *k = a->k + kv_offset, *v = a->v + kv_offset;
-    const int64_t stride = a->kv_row * size;
+    const int32_t *table = a->pages.table + b * a->pages.most;
+    const int64_t T = a->pages.tokens, stride = a->pages.row_stride * size;
+    const int64_t block_stride = a->pages.block_stride * size;
+    const char *k = a->k + head * a->pages.head_stride * size;
+    const char *v = a->v + head * a->pages.head_stride * size;
 
     const int64_t qs = padded(D), ss = ceil_div(keys + OB, VL) * VL + VL;
     float *q = scratch(rows * (2 * qs + ss) * sizeof(float) + keys + OB);
@@ -688,26 +697,33 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
     const uint8_t all = (uint8_t)((1u << rows) - 1);
     bool even = true; /* all rows have seen the same number of keys so far */
 
-    for (int64_t j = 0, n; j < keys; j += n) {
-        n = j + OB <= a->cache_length ? OB : 1; /* may read dead keys after the last one */
-        uint32_t any;
-        memcpy(&any, seen + j, sizeof any);
-        if (!any) continue;
-        /* Straight to their places if all rows see the block and have seen as many keys. */
-        const bool direct = even && n == OB && any == all * 0x01010101u;
-        float block[RB * OB];
-        (half ? dot_bf16 : dot_fp32)(direct ? s + count[0] : block, direct ? ss : OB, rows, q,
-                                     k + j * stride, n == OB ? stride : 0, D, 2 * OB * stride, 0,
-                                     1);
-        if (direct) {
-            for (int i = 0; i < rows; i++) count[i] += OB;
-            continue;
+    for (int64_t page = 0, first = 0; first < keys; page++, first += T) {
+        const int64_t end = min64(keys, first + T);
+        const char *block = k + table[page] * block_stride;
+        const char *next = end < keys ? k + table[page + 1] * block_stride : block;
+        for (int64_t j = first; j < end; j += OB) { /* may read dead keys after the last one */
+            uint32_t any;
+            memcpy(&any, seen + j, sizeof any);
+            if (!any) continue;
+            const char *at = block + (j - first) * stride;
+            const int64_t ahead = j + 2 * OB < first + T
+                                      ? 2 * OB * stride
+                                      : next - block + (2 * OB - T) * stride;
+            /* Straight to their places if all rows see the keys and have seen as many. */
+            const bool direct = even && any == all * 0x01010101u;
+            float scores[RB * OB];
+            (half ? dot_bf16 : dot_fp32)(direct ? s + count[0] : scores, direct ? ss : OB, rows, q,
+                                         at, stride, D, ahead, 0, 1);
+            if (direct) {
+                for (int i = 0; i < rows; i++) count[i] += OB;
+                continue;
+            }
+            for (int64_t c = 0; c < OB; c++)
+                for (int i = 0; i < rows; i++)
+                    if (seen[j + c] >> i & 1) s[i * ss + count[i]++] = scores[i * OB + c];
+            even = true;
+            for (int i = 1; i < rows; i++) even &= count[i] == count[0];
         }
-        for (int64_t c = 0; c < n; c++)
-            for (int i = 0; i < rows; i++)
-                if (seen[j + c] >> i & 1) s[i * ss + count[i]++] = block[i * OB + c];
-        even = true;
-        for (int i = 1; i < rows; i++) even &= count[i] == count[0];
     }
 
     float scale[RB];
@@ -717,21 +733,25 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
         p[i] = s + i * ss;
     }
 
-    /* A run of keys that all rows see is mixed as one; other keys row by row. */
-    for (int64_t j = 0, n; j < keys; j += n) {
-        const char *vj = v + j * stride;
-        for (n = 0; j + n < keys && seen[j + n] == all; n++) continue;
-        if (n) {
-            (half ? mix_bf16 : mix_fp32)(rows, D, o, qs, p, vj, stride, n);
-            for (int i = 0; i < rows; i++) p[i] += n;
-            continue;
-        }
-        n = 1;
-        for (int i = 0; i < rows; i++)
-            if (seen[j] >> i & 1) {
-                (half ? mix_bf16 : mix_fp32)(1, D, o + i * qs, qs, p + i, vj, stride, 1);
-                p[i]++;
+    /* A run of keys of a block that all rows see is mixed as one; other keys row by row. */
+    for (int64_t page = 0, first = 0; first < keys; page++, first += T) {
+        const int64_t end = min64(keys, first + T);
+        const char *block = v + table[page] * block_stride;
+        for (int64_t j = first, n; j < end; j += n) {
+            const char *vj = block + (j - first) * stride;
+            for (n = 0; j + n < end && seen[j + n] == all; n++) continue;
+            if (n) {
+                (half ? mix_bf16 : mix_fp32)(rows, D, o, qs, p, vj, stride, n);
+                for (int i = 0; i < rows; i++) p[i] += n;
+                continue;
             }
+            n = 1;
+            for (int i = 0; i < rows; i++)
+                if (seen[j] >> i & 1) {
+                    (half ? mix_bf16 : mix_fp32)(1, D, o + i * qs, qs, p + i, vj, stride, 1);
+                    p[i]++;
+                }
+        }
     }
 
     const int64_t heads = a->kv_heads * a->group;
@@ -763,26 +783,30 @@ static void attention(Attention *a, int64_t batch, bool half, int64_t threads) {
                  batch * a->kv_heads * a->tiles, threads);
 }
 
-static bool rows_fit(const int64_t *start, int64_t batch, int64_t rows, int64_t cache_length) {
-    for (int64_t b = 0; b < batch; b++)
-        if (start[b] < 0 || start[b] + rows > cache_length) return false;
+/* Whether rows after `start` lie within the blocks of their requests, all of which there are. */
+static bool rows_fit(const Pages *p, const int64_t *start, int64_t batch, int64_t rows) {
+    for (int64_t b = 0; b < batch; b++) {
+        if (start[b] < 0 || start[b] + rows > p->most * p->tokens) return false;
+        for (int64_t i = 0; i < ceil_div(start[b] + rows, p->tokens); i++) {
+            const int32_t block = p->table[b * p->most + i];
+            if (block < 0 || block >= p->blocks) return false;
+        }
+    }
     return true;
 }
 
 /* Attention of in-flight rows over a KV cache; see cpu_kernels.py for the shapes. `out` is dense,
  * window 0 means none. False, and nothing done, if the rows do not fit into the cache. */
 EXPORT bool idlm_attention(int half, const void *q, int64_t q_batch, int64_t q_row, int64_t q_head,
-                           const void *k, const void *v, int64_t kv_batch, int64_t kv_head,
-                           int64_t kv_row, void *out, const int64_t *start,
-                           const uint8_t *visible, const int64_t *positions, int64_t batch,
-                           int64_t rows, int64_t kv_heads, int64_t group, int64_t head_dim,
-                           int64_t cache_length, float scale, int64_t window, int64_t threads) {
+                           const void *k, const void *v, const Pages *pages, void *out,
+                           const int64_t *start, const uint8_t *visible, const int64_t *positions,
+                           int64_t batch, int64_t rows, int64_t kv_heads, int64_t group,
+                           int64_t head_dim, float scale, int64_t window, int64_t threads) {
     Attention a = {.q = q, .k = k, .v = v, .out = out, .q_batch = q_batch, .q_row = q_row,
-                   .q_head = q_head, .kv_batch = kv_batch, .kv_head = kv_head, .kv_row = kv_row,
-                   .start = start, .positions = positions, .visible = visible, .rows = rows,
-                   .kv_heads = kv_heads, .group = group, .head_dim = head_dim,
-                   .cache_length = cache_length, .window = window, .scale = scale};
-    if (!rows_fit(start, batch, rows, cache_length)) return false;
+                   .q_head = q_head, .pages = *pages, .start = start, .positions = positions,
+                   .visible = visible, .rows = rows, .kv_heads = kv_heads, .group = group,
+                   .head_dim = head_dim, .window = window, .scale = scale};
+    if (!rows_fit(pages, start, batch, rows)) return false;
     if (rows > 0) attention(&a, batch, half, threads);
     return true;
 }
@@ -790,26 +814,26 @@ EXPORT bool idlm_attention(int half, const void *q, int64_t q_batch, int64_t q_r
 /* Copy in-flight rows [batch, rows, heads, width] to the cache, row r of request b to index
  * start[b] + r. Strides in elements. */
 static void append(bool half, const char *x, int64_t x_batch, int64_t x_row, int64_t x_head,
-                   char *cache, int64_t batch_stride, int64_t head_stride, int64_t row_stride,
-                   const int64_t *start, int64_t batch, int64_t rows, int64_t heads,
-                   int64_t width) {
+                   char *cache, const Pages *p, const int64_t *start, int64_t batch, int64_t rows,
+                   int64_t heads, int64_t width) {
     const int64_t size = half ? 2 : 4;
     for (int64_t b = 0; b < batch; b++)
-        for (int64_t r = 0; r < rows; r++)
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t block = p->table[b * p->most + (start[b] + r) / p->tokens];
+            const int64_t at = (start[b] + r) % p->tokens;
             for (int64_t h = 0; h < heads; h++)
-                memcpy(cache + (b * batch_stride + h * head_stride + (start[b] + r) * row_stride) *
+                memcpy(cache + (block * p->block_stride + h * p->head_stride + at * p->row_stride) *
                                    size,
                        x + (b * x_batch + r * x_row + h * x_head) * size, (size_t)(width * size));
+        }
 }
 
 /* append to the cache; false, and nothing done, if the rows do not fit. */
 EXPORT bool idlm_append(int half, const void *x, int64_t x_batch, int64_t x_row, int64_t x_head,
-                        void *cache, int64_t batch_stride, int64_t head_stride,
-                        int64_t row_stride, const int64_t *start, int64_t batch, int64_t rows,
-                        int64_t heads, int64_t width, int64_t cache_length) {
-    if (!rows_fit(start, batch, rows, cache_length)) return false;
-    append(half, x, x_batch, x_row, x_head, cache, batch_stride, head_stride, row_stride, start,
-           batch, rows, heads, width);
+                        void *cache, const Pages *pages, const int64_t *start, int64_t batch,
+                        int64_t rows, int64_t heads, int64_t width) {
+    if (!rows_fit(pages, start, batch, rows)) return false;
+    append(half, x, x_batch, x_row, x_head, cache, pages, start, batch, rows, heads, width);
     return true;
 }
 
@@ -944,7 +968,9 @@ typedef struct {
     void *x; /* [batch, rows, hidden]: embeddings in, normed hidden states out */
     const void *cosine, *sine;
     void *k, *v;
-    int64_t kv_layer, kv_batch, kv_head, kv_row, cache_length, window;
+    int64_t kv_layer; /* stride in elements */
+    Pages pages;
+    int64_t window;
     const int64_t *start, *positions;
     const uint8_t *visible;
 } Stack;
@@ -972,14 +998,12 @@ static void attend(const Stack *s, int64_t layer, const char *qkv, char *out) {
                       (char *)s->v + layer * s->kv_layer * size};
     for (int i = 0; i < 2; i++)
         append(s->half, qkv + (s->heads + i * s->kv_heads) * D * size, s->rows * row, row, D,
-               cache[i], s->kv_batch, s->kv_head, s->kv_row, s->start, s->batch, s->rows,
-               s->kv_heads, D);
+               cache[i], &s->pages, s->start, s->batch, s->rows, s->kv_heads, D);
     Attention a = {.q = qkv, .k = cache[0], .v = cache[1], .out = out, .q_batch = s->rows * row,
-                   .q_row = row, .q_head = D, .kv_batch = s->kv_batch, .kv_head = s->kv_head,
-                   .kv_row = s->kv_row, .start = s->start, .positions = s->positions,
-                   .visible = s->visible, .rows = s->rows, .kv_heads = s->kv_heads,
-                   .group = s->heads / s->kv_heads, .head_dim = D,
-                   .cache_length = s->cache_length, .window = s->window, .scale = s->scale};
+                   .q_row = row, .q_head = D, .pages = s->pages, .start = s->start,
+                   .positions = s->positions, .visible = s->visible, .rows = s->rows,
+                   .kv_heads = s->kv_heads, .group = s->heads / s->kv_heads, .head_dim = D,
+                   .window = s->window, .scale = s->scale};
     attention(&a, s->batch, s->half, s->threads);
 }
 
@@ -998,7 +1022,7 @@ EXPORT bool idlm_stack(const Stack *s) {
     const int64_t H = s->hidden, I = s->inner, Q = s->heads * D, K = s->kv_heads * D;
     const int64_t qkv_end[] = {Q, Q + K, Q + 2 * K}, h_end[] = {H}, gate_up_end[] = {I, 2 * I};
     const int64_t W = Q + 2 * K;
-    if (!rows_fit(s->start, s->batch, s->rows, s->cache_length)) return false;
+    if (!rows_fit(&s->pages, s->start, s->batch, s->rows)) return false;
     int64_t rank = 0;
     for (int64_t l = 0; s->update && l < s->layers; l++) {
         const LayerUpdate *u = s->update + l;

@@ -51,12 +51,11 @@ _SIGNATURES = {
         *[_SIZE, _SIZE, _SIZE, _SIZE, _INT, _SIZE],
     ],
     "idlm_attention": [
-        *[_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, _SIZE],
-        *[_POINTER, _POINTER, _POINTER, _POINTER, *[_SIZE] * 6, ctypes.c_float, _SIZE, _SIZE],
+        *[_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER],
+        *[_POINTER, _POINTER, _POINTER, _POINTER, *[_SIZE] * 5, ctypes.c_float, _SIZE, _SIZE],
     ],
     "idlm_append": [
-        *[_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
-        *[_SIZE] * 5,
+        *[_INT, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER, _POINTER, *[_SIZE] * 4]
     ],
     "idlm_stack": [_POINTER],
     "idlm_greedy_chain": [_POINTER],
@@ -101,14 +100,44 @@ class LayerUpdate(ctypes.Structure):
     _fields_ = [(name, LowRank) for name in ("qkv", "o", "gate_up", "down")]
 
 
+class Pages(ctypes.Structure):
+    """Where a request's keys lie: index ``i`` of request ``b`` in block ``table[b, i // tokens]``.
+
+    ``table [batch, most]`` is int32; the strides are in elements, and a row is dense.
+    """
+
+    _fields_ = [
+        ("table", _POINTER),
+        *((name, _SIZE) for name in ("most", "blocks", "tokens", "block", "head", "row")),
+    ]
+
+    @classmethod
+    def of(cls, cache_NKTD: torch.Tensor, table_BP: torch.Tensor) -> Pages:
+        """The pages of one layer's keys or values; ``table`` has to outlive them.
+
+        Raises:
+            ValueError: the table is not dense int32, or rows are not dense or not in fours.
+        """
+        blocks, _, tokens, _ = cache_NKTD.shape
+        block, head, row, step = cache_NKTD.stride()
+        if step != 1 or tokens % 4:
+            raise ValueError(
+                "A paged cache needs dense rows, and blocks of a multiple of 4 tokens; got "
+                f"{_describe(cache_NKTD)}."
+            )
+        return cls(
+            address(table_BP, torch.int32), table_BP.shape[1], blocks, tokens, block, head, row
+        )
+
+
 class Stack(ctypes.Structure):
     """One pass of in-flight rows through all decoder layers and the final norm.
 
     ``x [batch, rows, hidden]`` (embeddings, replaced by the normed hidden states),
     ``cosine`` and ``sine [batch, rows, head_dim]`` and the tensors of the layers are dense and of
     one dtype, bf16 if ``half``, else fp32. Cache, ``start``, ``visible`` and ``positions`` as in
-    `attention`; the cache's strides are in elements. ``update`` acts on the last ``masks`` rows of
-    each request (None: no update).
+    `attention`; ``kv_layer`` is the stride of a layer in elements. ``update`` acts on the last
+    ``masks`` rows of each request (None: no update).
     """
 
     _fields_ = [
@@ -119,8 +148,9 @@ class Stack(ctypes.Structure):
         ("layer", ctypes.POINTER(Layer)),
         ("update", ctypes.POINTER(LayerUpdate)),
         *((name, _POINTER) for name in ("norm", "x", "cosine", "sine", "k", "v")),
-        *((name, _SIZE) for name in ("kv_layer", "kv_batch", "kv_head", "kv_row")),
-        *((name, _SIZE) for name in ("cache_length", "window")),
+        ("kv_layer", _SIZE),
+        ("pages", Pages),
+        ("window", _SIZE),
         *((name, _POINTER) for name in ("start", "positions", "visible")),
     ]
 
@@ -275,8 +305,9 @@ def linear(
 
 def attention(
     q_BRQD: torch.Tensor,
-    k_BKSD: torch.Tensor,
-    v_BKSD: torch.Tensor,
+    k_NKTD: torch.Tensor,
+    v_NKTD: torch.Tensor,
+    table_BP: torch.Tensor,
     start_B: torch.Tensor,
     visible_BRR: torch.Tensor,
     positions_BR: torch.Tensor,
@@ -284,12 +315,14 @@ def attention(
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Softmax attention of in-flight rows over a contiguous KV cache and over each other.
+    """Softmax attention of in-flight rows over a paged KV cache and over each other.
 
     Args:
         q_BRQD: queries, bf16 or fp32; Q query heads share K KV heads, K divides Q.
-        k_BKSD, v_BKSD: the cache, of the same dtype and equal strides. Index ``i < start_b`` holds
-            the token at position ``i``; index ``start_b + c`` holds in-flight row ``c``.
+        k_NKTD, v_NKTD: blocks of T tokens (a multiple of 4), of the same dtype and equal strides.
+        table_BP: index ``i`` of request ``b`` lies in block ``table[b, i // T]`` at ``i % T``;
+            int32. Index ``i < start_b`` holds the token at position ``i``; index ``start_b + c``
+            holds in-flight row ``c``.
         start_B: committed tokens, int64; every row sees them (within the window).
         visible_BRR: bool; ``visible[b, r, c]``: row ``r`` sees in-flight row ``c``.
         positions_BR: positions of the in-flight rows, int64.
@@ -298,20 +331,20 @@ def attention(
     Returns:
         ``[B, R, Q, D]``, contiguous; 0 for a row that sees no key.
     Raises:
-        ValueError: shapes, dtypes or strides do not fit, or rows do not fit into the cache.
+        ValueError: shapes, dtypes or strides do not fit, or rows do not fit into their blocks.
     """
     B, R, Q, D = q_BRQD.shape
-    K, S = k_BKSD.shape[1:3]
+    N, K, T = k_NKTD.shape[:3]
     if q_BRQD.stride(-1) != 1:
         q_BRQD = q_BRQD.contiguous()
     if (
-        k_BKSD.shape != (B, K, S, D)
-        or v_BKSD.shape != k_BKSD.shape
-        or v_BKSD.stride() != k_BKSD.stride()
-        or k_BKSD.stride(-1) != 1
-        or k_BKSD.dtype is not q_BRQD.dtype
-        or v_BKSD.dtype is not q_BRQD.dtype
+        k_NKTD.shape != (N, K, T, D)
+        or v_NKTD.shape != k_NKTD.shape
+        or v_NKTD.stride() != k_NKTD.stride()
+        or k_NKTD.dtype is not q_BRQD.dtype
+        or v_NKTD.dtype is not q_BRQD.dtype
         or Q % K
+        or table_BP.shape[:-1] != (B,)
         or start_B.shape != (B,)
         or visible_BRR.shape != (B, R, R)
         or positions_BR.shape != (B, R)
@@ -320,9 +353,9 @@ def attention(
         or positions_BR.dtype is not torch.int64
     ):
         raise ValueError(
-            "attention needs q [B, R, Q, D], k and v [B, K, S, D] of one dtype and layout, int64 "
-            "start [B] and positions [B, R], bool visible [B, R, R]; got "
-            f"{_describe(q_BRQD, k_BKSD, v_BKSD, start_B, visible_BRR, positions_BR)}."
+            "attention needs q [B, R, Q, D], k and v [N, K, T, D] of one dtype and layout, a table "
+            "[B, P], int64 start [B] and positions [B, R], bool visible [B, R, R]; got "
+            f"{_describe(q_BRQD, k_NKTD, v_NKTD, table_BP, start_B, visible_BRR, positions_BR)}."
         )
     start_B = start_B.contiguous()
     visible_BRR = visible_BRR.contiguous()
@@ -332,9 +365,9 @@ def attention(
         q_BRQD.dtype is torch.bfloat16,
         q_BRQD.data_ptr(),
         *q_BRQD.stride()[:3],
-        k_BKSD.data_ptr(),
-        v_BKSD.data_ptr(),
-        *k_BKSD.stride()[:3],
+        k_NKTD.data_ptr(),
+        v_NKTD.data_ptr(),
+        ctypes.byref(Pages.of(k_NKTD, table_BP)),
         out_BRQD.data_ptr(),
         start_B.data_ptr(),
         visible_BRR.data_ptr(),
@@ -344,42 +377,43 @@ def attention(
         K,
         Q // K,
         D,
-        S,
         scale,
         window or 0,
         torch.get_num_threads(),
     )
     if not fits:
-        raise ValueError(f"{R} rows after {start_B.tolist()} tokens exceed the cache of {S}.")
+        raise ValueError(_no_fit(R, start_B, table_BP, T))
     return out_BRQD
 
 
-def append(x_BRKD: torch.Tensor, cache_BKSD: torch.Tensor, start_B: torch.Tensor) -> None:
+def append(
+    x_BRKD: torch.Tensor, cache_NKTD: torch.Tensor, table_BP: torch.Tensor, start_B: torch.Tensor
+) -> None:
     """Write in-flight keys or values into the cache: row ``r`` goes to index ``start_b + r``.
 
     Args:
         x_BRKD: bf16 or fp32, dense in its last dimension.
-        cache_BKSD: written in place, of the same dtype.
+        cache_NKTD: written in place, of the same dtype; it and ``table_BP`` as in `attention`.
         start_B: int64.
     Raises:
-        ValueError: shapes, dtypes or strides do not fit, or rows do not fit into the cache.
+        ValueError: shapes, dtypes or strides do not fit, or rows do not fit into their blocks.
     """
     B, R, K, D = x_BRKD.shape
     x_batch, x_row, x_head, x_step = x_BRKD.stride()
-    batch_stride, head_stride, row_stride, step = cache_BKSD.stride()
-    S = cache_BKSD.shape[2]
+    N, _, T, _ = cache_NKTD.shape
     if (
-        cache_BKSD.shape != (B, K, S, D)
-        or cache_BKSD.dtype is not x_BRKD.dtype
+        cache_NKTD.shape != (N, K, T, D)
+        or cache_NKTD.dtype is not x_BRKD.dtype
         or x_step != 1
-        or step != 1
+        or table_BP.shape[:-1] != (B,)
         or start_B.shape != (B,)
         or not start_B.is_contiguous()
         or start_B.dtype is not torch.int64
     ):
         raise ValueError(
-            "append needs x [B, R, K, D] and cache [B, K, S, D] of one dtype, dense in D, and a "
-            f"contiguous int64 start [B]; got {_describe(x_BRKD, cache_BKSD, start_B)}."
+            "append needs x [B, R, K, D] and cache [N, K, T, D] of one dtype, dense in D, a table "
+            f"[B, P] and a contiguous int64 start [B]; got "
+            f"{_describe(x_BRKD, cache_NKTD, table_BP, start_B)}."
         )
     fits = _native().idlm_append(
         x_BRKD.dtype is torch.bfloat16,
@@ -387,19 +421,16 @@ def append(x_BRKD: torch.Tensor, cache_BKSD: torch.Tensor, start_B: torch.Tensor
         x_batch,
         x_row,
         x_head,
-        cache_BKSD.data_ptr(),
-        batch_stride,
-        head_stride,
-        row_stride,
+        cache_NKTD.data_ptr(),
+        ctypes.byref(Pages.of(cache_NKTD, table_BP)),
         start_B.data_ptr(),
         B,
         R,
         K,
         D,
-        S,
     )
     if not fits:
-        raise ValueError(f"{R} rows after {start_B.tolist()} tokens exceed the cache of {S}.")
+        raise ValueError(_no_fit(R, start_B, table_BP, T))
 
 
 def blocks_of_outputs(weight_OI: torch.Tensor) -> torch.Tensor:
@@ -531,10 +562,13 @@ def run(stack: Stack) -> None:
     """Run a pass of rows; the caller answers for the addresses.
 
     Raises:
-        ValueError: the rows do not fit into the cache.
+        ValueError: the rows do not fit into their requests' blocks.
     """
     if not _native().idlm_stack(ctypes.byref(stack)):
-        raise ValueError(f"{stack.rows} rows do not fit into the cache of {stack.cache_length}.")
+        pages = stack.pages
+        raise ValueError(
+            f"{stack.rows} rows do not fit into {pages.most} blocks of {pages.tokens} tokens each."
+        )
 
 
 def run_chain(chain: Chain) -> None:
@@ -646,6 +680,13 @@ def _openmp_runtimes() -> list[str]:
     names = ("libgomp", "libiomp5", "libomp")
     loaded = [path for path in sorted(paths) if Path(path).name.startswith(names)]
     return sorted(loaded, key=lambda path: not path.startswith(str(bundled)))
+
+
+def _no_fit(rows: int, start_B: torch.Tensor, table_BP: torch.Tensor, tokens: int) -> str:
+    return (
+        f"{rows} rows after {start_B.tolist()} tokens exceed the cache of {table_BP.shape[1]} "
+        f"blocks of {tokens} tokens each, or a block is not there."
+    )
 
 
 def _describe(*tensors: torch.Tensor | None) -> str:

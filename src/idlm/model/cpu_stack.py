@@ -15,19 +15,19 @@ import torch
 from torch import nn
 
 from idlm.model import cpu_kernels
-from idlm.model.attention import CachedAttention
-from idlm.model.cpu_kernels import Addresses, address
+from idlm.model.attention import PagedAttention
+from idlm.model.cpu_kernels import Addresses, Pages, address
 
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear
     from idlm.model.decoder import Decoder, Layer, Linear, RMSNorm
 
 
-def takes(x_BRH: torch.Tensor, attention: CachedAttention, adapter: Adapter | None) -> bool:
+def takes(x_BRH: torch.Tensor, attention: PagedAttention, adapter: Adapter | None) -> bool:
     """Whether `run` can stand in for the layers: on the CPU, with a frozen adapter or none."""
     return (
         cpu_kernels.usable(x_BRH)
-        and attention.k_LBKSD.dtype is x_BRH.dtype
+        and attention.k_LNKTD.dtype is x_BRH.dtype
         and (adapter is None or adapter.frozen)
     )
 
@@ -37,7 +37,7 @@ def run(
     x_BRH: torch.Tensor,
     cos_BR1D: torch.Tensor,
     sin_BR1D: torch.Tensor,
-    attention: CachedAttention,
+    attention: PagedAttention,
     num_masks: int,
     adapter: Adapter | None,
 ) -> torch.Tensor:
@@ -46,14 +46,14 @@ def run(
     Returns:
         ``hidden_BRH``.
     Raises:
-        ValueError: the rows do not fit into the cache, or a tensor is not dense or of the dtype
+        ValueError: the rows do not fit into their blocks, or a tensor is not dense or of the dtype
             of ``x``.
     """
     config = decoder.config
     B, R, H = x_BRH.shape
-    k_LBKSD, v_LBKSD = attention.k_LBKSD, attention.v_LBKSD
-    if k_LBKSD.stride() != v_LBKSD.stride() or k_LBKSD.stride(-1) != 1:
-        raise ValueError("Keys and values need the same strides, dense in the last dimension.")
+    k_LNKTD, v_LNKTD = attention.k_LNKTD, attention.v_LNKTD
+    if k_LNKTD.stride() != v_LNKTD.stride():
+        raise ValueError("Keys and values need the same strides.")
     # Variables, not temporaries: an address alone keeps nothing alive.
     x_BRH, cos, sin = x_BRH.contiguous(), cos_BR1D.contiguous(), sin_BR1D.contiguous()
     start_B, positions_BR = attention.start_B.contiguous(), attention.positions_BR.contiguous()
@@ -79,13 +79,10 @@ def run(
             x=x_BRH.data_ptr(),
             cosine=cos.data_ptr(),
             sine=sin.data_ptr(),
-            k=k_LBKSD.data_ptr(),
-            v=v_LBKSD.data_ptr(),
-            kv_layer=k_LBKSD.stride(0),
-            kv_batch=k_LBKSD.stride(1),
-            kv_head=k_LBKSD.stride(2),
-            kv_row=k_LBKSD.stride(3),
-            cache_length=k_LBKSD.shape[3],
+            k=k_LNKTD.data_ptr(),
+            v=v_LNKTD.data_ptr(),
+            kv_layer=k_LNKTD.stride(0),
+            pages=Pages.of(k_LNKTD[0], attention.table_BP),
             window=attention.window or 0,
             start=start_B.data_ptr(),
             positions=positions_BR.data_ptr(),

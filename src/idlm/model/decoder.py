@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from idlm.model import cpu_kernels, cpu_stack
-from idlm.model.attention import Attention, CachedAttention
+from idlm.model.attention import Attention, PagedAttention
 from idlm.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
         x_BRH = self._embed(tokens_BC, num_masks, adapter)
         cos_BR1D, sin_BR1D = self._rope(positions_BR, x_BRH.dtype)
         lora = adapter if num_masks else None
-        if isinstance(attention, CachedAttention) and cpu_stack.takes(x_BRH, attention, lora):
+        if isinstance(attention, PagedAttention) and cpu_stack.takes(x_BRH, attention, lora):
             return cpu_stack.run(self, x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, lora)
         for layer in self.layers:
             x_BRH = layer(x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, lora)

@@ -1,0 +1,107 @@
+"""Whose turn it is: first come, first served, by priority.
+
+Requests wait in the order of (priority, arrival). The first one is admitted as soon as there are
+blocks for its text and the rows of one forward; nobody overtakes it. Its text is run in chunks,
+then it decodes with the others. When a running request needs a block and there is none, the last
+one in that order has to leave; it waits again, and its text is recomputed when it comes back. So
+the first one always gets on, and with equal priorities everybody becomes first.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+
+from idlm.engine.blocks import BlockPool
+from idlm.engine.request import Phase, Request
+
+
+class Scheduler:
+    """Decides who runs; accounts for blocks through ``pool``.
+
+    Args:
+        max_batch: requests that run at once.
+        num_rows: in-flight rows of one forward; a request holds blocks for them too.
+    Attributes:
+        waiting: in the order in which they will be admitted.
+        prefilling: the one whose text is being run.
+        running: those that decode, first come first.
+    """
+
+    def __init__(self, pool: BlockPool, max_batch: int, num_rows: int) -> None:
+        self.pool, self.max_batch, self.num_rows = pool, max_batch, num_rows
+        self.waiting: list[Request] = []
+        self.prefilling: Request | None = None
+        self.running: list[Request] = []
+        self.preemptions = self.prefix_hit_tokens = 0
+
+    def add(self, request: Request) -> None:
+        """Let ``request`` wait."""
+        insort(self.waiting, request, key=_order)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that has ended, wherever it is."""
+        if request is self.prefilling:
+            self.prefilling = None
+        elif request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self.pool.release(request.lease)
+
+    def schedule(self) -> None:
+        """Make room for the next forward of those that run, then admit who fits."""
+        before = self.preemptions
+        for request in list(self.running):
+            while request.phase is Phase.RUNNING and not self.pool.grow(
+                request.lease, request.cached + self.num_rows
+            ):
+                self._preempt_last()
+        if self.preemptions > before:
+            return
+        while self.waiting and self.prefilling is None and len(self.running) < self.max_batch:
+            if not self._admit(self.waiting[0]):
+                return
+            self._begin(self.waiting.pop(0))
+
+    def prefilled(self, request: Request) -> None:
+        """The text of ``request`` is cached: it decodes from now on."""
+        self.prefilling = None
+        request.phase = Phase.RUNNING
+        insort(self.running, request, key=_order)
+
+    def _admit(self, request: Request) -> bool:
+        """Give ``request`` its blocks, those of others that are the same first."""
+        pool, lease = self.pool, request.lease
+        # The last token's row is computed in any case: what follows it is wanted.
+        request.cached = pool.share(
+            lease, request.tokens, (request.num_tokens - 1) // pool.block_tokens
+        )
+        # Those that run will need a block each before long.
+        if pool.grow(lease, request.num_tokens + self.num_rows, spare=len(self.running)):
+            return True
+        pool.release(lease)
+        return False
+
+    def _begin(self, request: Request) -> None:
+        if not request.started:
+            request.started = time.perf_counter()
+            request.prefix_hit_tokens = request.cached
+            self.prefix_hit_tokens += request.cached
+        if request.cached == request.prefill_end:
+            self.prefilled(request)
+        else:
+            request.phase, self.prefilling = Phase.PREFILL, request
+
+    def _preempt_last(self) -> None:
+        candidates = [*self.running, *([self.prefilling] if self.prefilling else [])]
+        request = max(candidates, key=_order)
+        self.remove(request)
+        request.phase = Phase.PREEMPTED
+        request.preemptions += 1
+        self.preemptions += 1
+        self.add(request)
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.priority, request.id
