@@ -17,8 +17,9 @@ from idlm.decoding.metrics import DecodeStats
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.verify import check_rule
 from idlm.engine.engine import Engine
+from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 from idlm.engine.request import FinishReason, Logprob, Request, Source
-from idlm.errors import InvalidRequestError
+from idlm.errors import InvalidRequestError, ResourceError
 from idlm.model import checkpoint, cpu_kernels
 from idlm.model.adapter import Adapter
 from idlm.model.config import ModelConfig
@@ -122,8 +123,15 @@ class LLM:
         if loaded is not None:
             loaded.share_embedding(decoder.embed.weight)
         self.tokenizer = Tokenizer.load(folder)
-        self._max_batch, self._kv_cache_tokens = max_batch, kv_cache_tokens
+        self._max_batch = max_batch
         self._method = Method(decoder, loaded, rows, verification)
+        self._cache = KVCache(
+            config,
+            self.device,
+            self.dtype,
+            kv_cache_tokens,
+            wanted=max_batch * (config.max_position_embeddings + rows.num_rows + BLOCK_TOKENS),
+        )
 
     @property
     def config(self) -> ModelConfig:
@@ -164,14 +172,13 @@ class LLM:
         self._engine.check(prompt_token_ids, params)
 
     def new_engine(self) -> Engine:
-        """An engine over the same weights, for a caller that steps it by itself."""
+        """An engine over the same weights and cache, for a caller that steps it by itself."""
         return Engine(
             self._method,
             self.tokenizer,
+            cache=self._cache,
             device=self.device,
-            dtype=self.dtype,
             max_batch=self._max_batch,
-            kv_cache_tokens=self._kv_cache_tokens,
         )
 
     def generate(
@@ -249,11 +256,18 @@ class LLM:
         requests = [self._engine.add(prompt, p) for prompt, p in zip(ids, params, strict=True)]
         try:
             while not all(r.finished for r in requests):
-                self._engine.step()
+                self._step()
         finally:
             for request in requests:
                 self._engine.abort(request)
         return [_output(text, r) for text, r in zip(texts, requests, strict=True)]
+
+    def _step(self) -> None:
+        if not self._engine.step():
+            raise ResourceError(
+                "Streams of the same model in another layout hold all of the KV cache; end or "
+                "close them, or raise kv_cache_tokens."
+            )
 
     def _stream(
         self, text: str | None, ids: list[int], sampling_params: SamplingParams | None
@@ -272,7 +286,7 @@ class LLM:
             while output is None:
                 # Another stream of this LLM may have moved this request on, even to its end.
                 while len(request.token_ids) == tokens and not request.finished:
-                    self._engine.step()
+                    self._step()
                 if request.error is not None:
                     raise request.error
                 new = slice(tokens, len(request.token_ids))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from idlm import LLM, SamplingParams
 from idlm.decoding.cycle import Method
 from idlm.decoding.layout import Layout
 from idlm.engine.engine import Engine
+from idlm.engine.kv_cache import KVCache
 from idlm.engine.request import FinishReason, Phase, Request
-from idlm.errors import InvalidRequestError
+from idlm.errors import InvalidRequestError, ResourceError
 from tests.support.random_model import random_adapter, random_config, random_decoder
 from tests.support.tiny import tiny_model
 
@@ -50,18 +52,22 @@ def model() -> Any:
     return random_decoder(config, peakedness=1.5), random_adapter(config)
 
 
-def engine_of(llm: LLM, model: Any, layout: str, stride: int, rule: str, **limits: int) -> Engine:
+def engine_of(
+    llm: LLM,
+    model: Any,
+    layout: str,
+    stride: int,
+    rule: str,
+    *,
+    kv_cache_tokens: int = 4096,
+    max_batch: int = 4,
+    chunk: int = 512,
+) -> Engine:
     decoder, adapter = model
-    rows = Layout.named(layout, stride)
+    rows, cpu = Layout.named(layout, stride), torch.device("cpu")
     method = Method(decoder, adapter if rows.num_masks else None, rows, rule)
-    return Engine(
-        method,
-        llm.tokenizer,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        max_batch=limits.pop("max_batch", 4),
-        **limits,
-    )
+    cache = KVCache(decoder.config, cpu, torch.float32, kv_cache_tokens, wanted=0)
+    return Engine(method, llm.tokenizer, cache=cache, device=cpu, max_batch=max_batch, chunk=chunk)
 
 
 def run(engine: Engine, steps: int = 3000) -> None:
@@ -339,13 +345,49 @@ def test_kv_cache_tokens_must_be_a_number_of_tokens(llm: LLM, model: Any, tokens
         engine_of(llm, model, "ar", 1, "rejection", kv_cache_tokens=tokens)
 
 
-def test_by_default_the_cache_has_room_for_the_whole_batch(llm: LLM, model: Any) -> None:
-    engine = engine_of(llm, model, "quadratic", 3, "rejection", max_batch=4)
-    assert engine.kv_capacity >= 4 * (512 + 9)
-    requests = [engine.add([5 + i], params_of(i, 511)) for i in range(4)]
-    for _ in range(4):
+def test_too_large_a_cache_is_refused_at_the_start(llm: LLM, model: Any) -> None:
+    with pytest.raises(ResourceError, match="lower kv_cache_tokens"):
+        engine_of(llm, model, "ar", 1, "rejection", kv_cache_tokens=10**15)
+
+
+def test_by_default_the_cache_has_room_for_the_whole_batch(llm: LLM) -> None:
+    engine = llm.new_engine()
+    for i in range(llm.max_batch):
+        engine.add([5 + i], params_of(i, 511))
+    for _ in range(llm.max_batch):
         engine.step()
-    assert engine.stats.running == 4
-    for request in requests:
-        engine.abort(request)
+    assert engine.stats.running == llm.max_batch
+    assert engine.kv_capacity >= llm.max_batch * (512 + llm.layout.num_rows)
+    engine.close()
     assert_empty(engine)
+
+
+def test_layouts_of_one_model_share_its_memory(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, mask_token_id=7)
+    llm = LLM(folder, dtype="float32", kv_cache_tokens=128)
+    ar = llm.autoregressive()
+    prompt, params = list(range(3, 53)), SamplingParams(temperature=0, max_tokens=9)
+    expected = llm.generate(prompt, params)[0].token_ids
+    assert ar.generate(prompt, params)[0].token_ids == expected
+    assert ar._engine.stats.prefix_hit_tokens == 48
+    stream = llm.stream(list(range(60, 125)), params)
+    next(stream)
+    with pytest.raises(ResourceError, match="another layout"):
+        ar.generate(prompt, params)
+    stream.close()  # type: ignore[attr-defined]
+    assert ar.generate(prompt, params)[0].token_ids == expected
+
+
+def test_offline_outputs_name_the_error_of_a_failed_request(llm: LLM) -> None:
+    def check(_: object, inputs: tuple[torch.Tensor]) -> None:
+        if (inputs[0] == 319).any():
+            raise RuntimeError("poisoned")
+
+    hook = llm._method.decoder.embed.register_forward_pre_hook(check)
+    params = SamplingParams(temperature=0, max_tokens=3, logit_bias={319: -100.0})
+    good, bad = llm.generate([[5, 6], [5, 319]], params)
+    with pytest.raises(RuntimeError, match="poisoned"):
+        list(llm.stream([319], params))
+    hook.remove()
+    assert (good.error, good.finish_reason, len(good.token_ids)) == (None, "length", 3)
+    assert (str(bad.error), bad.finish_reason, bad.token_ids) == ("poisoned", "error", [])

@@ -5,64 +5,34 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Concatenate, ParamSpec
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from idlm.decoding.cycle import Method
 from idlm.decoding.params import SamplingParams
 from idlm.engine.batch import Batch
-from idlm.engine.blocks import BlockPool
 from idlm.engine.check import check_request
 from idlm.engine.commit import Commit
 from idlm.engine.grammar import grammars_of
-from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
+from idlm.engine.kv_cache import KVCache
 from idlm.engine.request import Request
 from idlm.engine.runner import Runner
 from idlm.engine.scheduler import Scheduler
-from idlm.errors import InvalidRequestError
+from idlm.engine.stats import EngineStats
 from idlm.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts since the engine's beginning, and how full it is now.
-
-    Attributes:
-        kv_tokens, kv_capacity: tokens of the blocks that requests hold, and of all blocks.
-        prefix_hit_tokens: of prompts, found in the cache when a request was first admitted.
-        preemptions: times that a request had to leave because blocks ran out.
-        evictions: cached blocks that nobody held and whose place was needed.
-        failed_forwards: those that raised; each request of one was then tried alone.
-    """
-
-    waiting: int
-    running: int
-    kv_tokens: int
-    kv_capacity: int
-    prefix_hit_tokens: int
-    preemptions: int
-    evictions: int
-    failed_forwards: int
 
 
 class Engine:
     """Runs requests of one `Method`: first come, first served, by priority.
 
     Args:
+        cache: keys and values; engines that share it take turns in one thread.
         max_batch: requests that run at once; more wait.
-        kv_cache_tokens: tokens whose keys and values are kept; None: as many as ``max_batch``
-            requests of the model's context have, but no more than a share of the free memory.
         chunk: tokens of a prompt that run in one forward.
-    Raises:
-        InvalidRequestError: ``kv_cache_tokens`` is not a positive whole number.
     """
 
     def __init__(
@@ -70,28 +40,25 @@ class Engine:
         method: Method,
         tokenizer: Tokenizer,
         *,
+        cache: KVCache,
         device: torch.device,
-        dtype: torch.dtype,
         max_batch: int,
-        kv_cache_tokens: int | None = None,
         chunk: int = 512,
     ) -> None:
-        if kv_cache_tokens is not None and (
-            isinstance(kv_cache_tokens, bool)
-            or not isinstance(kv_cache_tokens, int)
-            or kv_cache_tokens < 1
-        ):
-            raise InvalidRequestError(
-                f"kv_cache_tokens must be a whole number of at least 1, not {kv_cache_tokens!r}."
-            )
         config = method.decoder.config
-        self.method, self.tokenizer, self.device = method, tokenizer, device
-        self.dtype, self.max_batch, self.chunk = dtype, max_batch, chunk
-        self._kv_cache_tokens = kv_cache_tokens
+        self.method, self.tokenizer = method, tokenizer
+        self.max_batch, self.chunk = max_batch, chunk
+        self._context = config.max_position_embeddings
+        # With the rows in flight a request has to fit into all blocks there are.
+        self._room = cache.pool.capacity - method.layout.num_rows
         self._eos = frozenset(config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
         self._grammars = grammars_of(tokenizer, config.vocab_size, self._eos)
         self._ids = itertools.count()
         self._failed_forwards = 0
+        self._pool = cache.pool
+        self._scheduler = Scheduler(cache.pool, max_batch, method.layout.num_rows)
+        self._runner = Runner(method, cache, self._grammars, device)
+        self._batch = Batch(self._runner)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequestError` for a request that cannot be run."""
@@ -129,6 +96,10 @@ class Engine:
             request.abort()
             self._scheduler.remove(request)
 
+    def close(self) -> None:
+        """Give back what all requests hold; the engine is not used again."""
+        self._scheduler.clear()
+
     @property
     def busy(self) -> bool:
         """Whether any request waits or runs."""
@@ -163,7 +134,7 @@ class Engine:
         request with the finish reason ``error``.
 
         Returns:
-            The requests that went forward.
+            The requests that went forward; none while other engines hold the blocks.
         """
         self._scheduler.schedule()
         self._batch.become(self._scheduler.running)
@@ -171,7 +142,8 @@ class Engine:
         if moved:
             self._decode(self._batch)
         if request := self._scheduler.prefilling:
-            self._guarded(self._prefill, request)
+            with self._blamed_on(request):
+                self._prefill(request)
             moved.append(request)
         for request in moved:
             if request.finished:
@@ -196,7 +168,8 @@ class Engine:
             return
         batch.advance(outcome)
         for row, request in enumerate(requests):
-            self._guarded(self._commit, request, commit, row)
+            with self._blamed_on(request):
+                self._commit(request, commit, row)
 
     def _prefill(self, request: Request) -> None:
         """Run the next chunk of what is not cached; after a prompt's last one, decoding begins."""
@@ -221,15 +194,10 @@ class Engine:
         request.cached = cached
         self._pool.commit(request.lease, request.tokens, cached)
 
-    def _guarded(
-        self,
-        act: Callable[Concatenate[Request, P], None],
-        request: Request,
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> None:
+    @contextmanager
+    def _blamed_on(self, request: Request) -> Iterator[None]:
         try:
-            act(request, *args, **kwargs)
+            yield
         except Exception as error:
             self._failed_forwards += 1
             self._fail(request, error)
@@ -237,41 +205,3 @@ class Engine:
     def _fail(self, request: Request, error: Exception) -> None:
         logger.error("Request %d failed.", request.id, exc_info=error)
         request.fail(error)
-
-    @property
-    def _context(self) -> int:
-        return self.method.decoder.config.max_position_embeddings
-
-    @property
-    def _room(self) -> int:
-        """The longest prompt and answer that fit into all blocks, with the rows in flight."""
-        return self._pool.capacity - self.method.layout.num_rows
-
-    # Made when the first request comes: memory may be taken by other engines until then.
-
-    @cached_property
-    def _cache(self) -> KVCache:
-        longest = self._context + self.method.layout.num_rows + BLOCK_TOKENS
-        return KVCache(
-            self.method.decoder.config,
-            self.device,
-            self.dtype,
-            self._kv_cache_tokens,
-            self.max_batch * longest,
-        )
-
-    @cached_property
-    def _pool(self) -> BlockPool:
-        return BlockPool(self._cache.num_blocks, BLOCK_TOKENS)
-
-    @cached_property
-    def _scheduler(self) -> Scheduler:
-        return Scheduler(self._pool, self.max_batch, self.method.layout.num_rows)
-
-    @cached_property
-    def _runner(self) -> Runner:
-        return Runner(self.method, self._cache, self._grammars, self.device)
-
-    @cached_property
-    def _batch(self) -> Batch:
-        return Batch(self._runner)

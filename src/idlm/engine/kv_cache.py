@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import cached_property
 
 import psutil
 import torch
 
-from idlm.engine.blocks import Lease
-from idlm.errors import ResourceError
+from idlm.engine.blocks import BlockPool, Lease
+from idlm.errors import InvalidRequestError, ResourceError
 from idlm.model.config import ModelConfig
 
 BLOCK_TOKENS = 16
-# Of the memory that is free when it is first asked for. A CPU is shared with others.
+# Of the memory that is free once the weights are there. Others use the CPU's too.
 SHARE = {"cuda": 0.8, "cpu": 0.25}
 
 
 class KVCache:
     """``[L, N, K, T, D]`` keys and values in blocks of T tokens; block 0 belongs to nobody.
 
+    Engines of one model may share it: a token's key does not depend on how it was decoded.
+
     Args:
-        tokens: how many it has to hold; None: ``wanted``, or what fits into a share of the
-            memory that is free now.
+        tokens: how many it holds; None: ``wanted``, or what fits into a share of the memory that
+            is free now.
+    Attributes:
+        k_LNKTD, v_LNKTD: garbage where nobody has written.
+        pool: who holds which block.
     Raises:
-        ResourceError: there is no memory for a single block.
+        InvalidRequestError: ``tokens`` is not a positive whole number.
+        ResourceError: out of memory.
     """
 
     def __init__(
@@ -35,49 +41,33 @@ class KVCache:
         tokens: int | None,
         wanted: int,
     ) -> None:
-        c = config
-        self._layer_shape = (c.num_kv_heads, BLOCK_TOKENS, c.head_dim)
-        self._num_layers, self._device, self._dtype = c.num_layers, device, dtype
+        layer_shape = (config.num_kv_heads, BLOCK_TOKENS, config.head_dim)
         if tokens is None:
-            block_bytes = (
-                2 * c.num_layers * c.num_kv_heads * BLOCK_TOKENS * c.head_dim * dtype.itemsize
+            block_bytes = 2 * config.num_layers * math.prod(layer_shape) * dtype.itemsize
+            blocks_free = int(SHARE[device.type] * _free_memory(device)) // block_bytes
+            tokens = max(min(wanted, blocks_free * BLOCK_TOKENS), 1)
+        elif isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            raise InvalidRequestError(
+                f"kv_cache_tokens must be a whole number of at least 1, not {tokens!r}."
             )
-            share = SHARE.get(device.type, SHARE["cpu"])
-            fitting = int(share * _free_memory(device)) // block_bytes * BLOCK_TOKENS
-            tokens = min(wanted, fitting)
-            if tokens < BLOCK_TOKENS:
-                raise ResourceError(
-                    f"No memory for keys and values on {device}: end other programs, or use a "
-                    "smaller model or dtype."
-                )
-        self.num_blocks = 1 + -(-tokens // BLOCK_TOKENS)
-
-    @cached_property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``k_LNKTD`` and ``v_LNKTD``, made on first use; what nobody has written is garbage.
-
-        Raises:
-            ResourceError: out of memory.
-        """
-        shape = (self._num_layers, self.num_blocks, *self._layer_shape)
+        self.pool = BlockPool(1 + -(-tokens // BLOCK_TOKENS), BLOCK_TOKENS)
+        shape = (config.num_layers, self.pool.num_blocks, *layer_shape)
         try:
-            # Not zeros: the operating system provides what is touched only.
-            k = torch.empty(shape, dtype=self._dtype, device=self._device)
-            v = torch.empty(shape, dtype=self._dtype, device=self._device)
+            # Not zeros: the operating system provides the pages that are touched, and no others.
+            self.k_LNKTD = torch.empty(shape, dtype=dtype, device=device)
+            self.v_LNKTD = torch.empty(shape, dtype=dtype, device=device)
         except (RuntimeError, MemoryError) as error:
             raise ResourceError(
-                f"No memory on {self._device} for the keys and values of "
-                f"{(self.num_blocks - 1) * BLOCK_TOKENS} tokens; lower kv_cache_tokens or "
-                "max_batch."
+                f"No memory on {device} for the keys and values of {tokens} tokens; lower "
+                "kv_cache_tokens or max_batch."
             ) from error
-        k[:, 0], v[:, 0] = 0, 0
-        return k, v
+        self.k_LNKTD[:, 0], self.v_LNKTD[:, 0] = 0, 0
 
     def table(self, leases: Sequence[Lease]) -> torch.Tensor:
         """``table_BP``: the blocks of each lease, int32, filled up with block 0."""
         most = max(len(lease.ids) for lease in leases)
         rows = [lease.ids + [0] * (most - len(lease.ids)) for lease in leases]
-        return torch.tensor(rows, dtype=torch.int32, device=self._device)
+        return torch.tensor(rows, dtype=torch.int32, device=self.k_LNKTD.device)
 
 
 def _free_memory(device: torch.device) -> int:

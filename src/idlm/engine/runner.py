@@ -29,7 +29,9 @@ class Runner:
     ) -> Outcome:
         """One cycle; what belongs to ``requests`` is made by `table` and `sampling`."""
         self._restrict(sampling, requests, state.drafts)
-        return cycle.decode(self.method, *self._cache.tensors, table_BP, state, sampling)
+        return cycle.decode(
+            self.method, self._cache.k_LNKTD, self._cache.v_LNKTD, table_BP, state, sampling
+        )
 
     def prefill(self, request: Request, end: int) -> Outcome:
         """Run what is not cached of the prompt, which has ``end`` tokens."""
@@ -62,7 +64,8 @@ class Runner:
 
     def _inputs(self, request: Request, end: int) -> tuple[torch.Tensor, ...]:
         return (
-            *self._cache.tensors,
+            self._cache.k_LNKTD,
+            self._cache.v_LNKTD,
             self.table([request]),
             torch.tensor([request.tokens(request.cached, end)], device=self.device),
             torch.tensor([request.cached], device=self.device),

@@ -49,6 +49,11 @@ class Scheduler:
             self.waiting.remove(request)
         self.pool.release(request.lease)
 
+    def clear(self) -> None:
+        """Forget all requests."""
+        for request in [*self.waiting, *self.running, *filter(None, [self.prefilling])]:
+            self.remove(request)
+
     def schedule(self) -> None:
         """Make room for the next forward of those that run, then admit who fits."""
         before = self.preemptions

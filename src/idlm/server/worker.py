@@ -3,7 +3,8 @@
 Requests of one method (stride and verification) share a lane, which is an engine with its batch.
 Lanes take turns by the time they had per request, so that methods compete fairly.
 
-A step that fails does not say whose fault it was. All requests of the lane then start again, each
+An engine ends a request that makes a forward fail; that job fails alone. A step that raises all the
+same does not say whose fault it was. All requests of the lane then start again, each
 in a lane of its own: seeds make the text the same, so what was sent already is skipped, and the
 request that fails alone is the one to blame. Nobody else notices more than a delay.
 """
@@ -134,9 +135,12 @@ class Job:
 
         Raises:
             RuntimeError: a request that started again took another way.
+            Exception: what the request ended with.
         """
         assert self.request is not None
         request, done = self.request, len(self.sent)
+        if request.error is not None:
+            raise request.error
         if len(request.token_ids) <= done and not request.finished:
             return None
         if request.token_ids[:done] != self.sent:
@@ -199,6 +203,7 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._lanes = [self._new_lane(self.method, shared=True)]
+        self._kv_capacity = self._lanes[0].engine.kv_capacity  # of all lanes together
         self._news: list[Update] = []
         self._live, self._live_lock = 0, threading.Lock()
         self._deadline: float | None = None
@@ -271,7 +276,7 @@ class Worker:
             running=len(jobs),
             waiting=max(live - len(jobs), 0),
             kv_tokens=sum(len(j.prompt_token_ids) + len(j.sent) for j in jobs),
-            kv_capacity=sum(lane.engine.kv_capacity for lane in lanes),
+            kv_capacity=self._kv_capacity,
         )
 
     # What follows runs on the worker's thread.
@@ -319,12 +324,14 @@ class Worker:
     def _step(self, lane: Lane) -> None:
         start, size = time.perf_counter(), len(lane.jobs)
         try:
-            lane.engine.step()
+            moved = lane.engine.step()
         except Exception as error:
             self._isolate(lane, error)
             return
         now = time.perf_counter()
         lane.clock += (now - start) / size
+        if not moved:  # the others hold all blocks: theirs is the next turn
+            lane.clock = max(other.clock for other in self._lanes)
         for job in list(lane.jobs):
             self._report(lane, job, now)
         if not lane.jobs:
@@ -336,6 +343,7 @@ class Worker:
         try:
             update = job.news()
         except Exception as error:
+            self.step_failures += job.request.error is error
             lane.jobs.remove(job)
             lane.engine.abort(job.request)
             self._fail(job, error)
@@ -363,6 +371,7 @@ class Worker:
         self.step_failures += 1
         logger.error("a lane of %d requests failed", len(lane.jobs), exc_info=error)
         self._lanes.remove(lane)
+        lane.engine.close()
         if lane.shared and lane.method == self.method:
             self._lanes.insert(0, self._new_lane(lane.method, shared=True))
         return lane.jobs
@@ -400,7 +409,10 @@ class Worker:
     def _fail_all(self, error: Exception) -> None:
         jobs = [*self._waiting, *(job for lane in self._lanes for job in lane.jobs)]
         self._waiting.clear()
-        self._lanes = [self._new_lane(self.method, shared=True)] if jobs else self._lanes
+        if jobs:
+            for lane in self._lanes:
+                lane.engine.close()
+            self._lanes = [self._new_lane(self.method, shared=True)]
         for job in jobs:
             self._fail(job, error)
 
