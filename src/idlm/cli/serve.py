@@ -47,6 +47,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-batch", type=int, default=32, metavar="N", help="texts at once (default: 32)"
     )
     group.add_argument(
+        "--kv-cache-tokens",
+        type=int,
+        metavar="N",
+        help="tokens whose keys and values are kept (default: the context of all texts at once, "
+        "or what fits into a share of the free memory)",
+    )
+    group.add_argument(
         "--max-waiting",
         type=int,
         default=256,
@@ -91,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
             f"`idlm serve` needs {error.name}: pip install 'idlm[server]'."
         ) from error
     listener = _listen(args.host, args.port)
-    llm = options.load_llm(args, max_batch=args.max_batch)
+    llm = options.load_llm(args, max_batch=args.max_batch, kv_cache_tokens=args.kv_cache_tokens)
     name = args.name or model_name(args.model)
     key = args.api_key or os.environ.get(KEY_VARIABLE)
     app = create_app(llm, name, limits, key, own_thread=False)
@@ -151,7 +158,7 @@ def model_name(model: str | None) -> str:
 def _limits(args: argparse.Namespace) -> Limits:
     from idlm.server.limits import Limits
 
-    for name in ("max_batch", "max_body", "max_prompt", "max_output", "timeout"):
+    for name in ("max_batch", "kv_cache_tokens", "max_body", "max_prompt", "max_output", "timeout"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise InvalidRequestError(f"--{name.replace('_', '-')} must be above 0, not {value}.")
