@@ -50,8 +50,8 @@ class KVCache:
             raise InvalidRequestError(
                 f"kv_cache_tokens must be a whole number of at least 1, not {tokens!r}."
             )
-        self.pool = BlockPool(1 + -(-tokens // BLOCK_TOKENS), BLOCK_TOKENS)
-        shape = (config.num_layers, self.pool.num_blocks, *layer_shape)
+        num_blocks = 1 + -(-tokens // BLOCK_TOKENS)
+        shape = (config.num_layers, num_blocks, *layer_shape)
         try:
             # Not zeros: the operating system provides the pages that are touched, and no others.
             self.k_LNKTD = torch.empty(shape, dtype=dtype, device=device)
@@ -62,6 +62,7 @@ class KVCache:
                 "kv_cache_tokens or max_batch."
             ) from error
         self.k_LNKTD[:, 0], self.v_LNKTD[:, 0] = 0, 0
+        self.pool = BlockPool(num_blocks, BLOCK_TOKENS)
 
     def table(self, leases: Sequence[Lease]) -> torch.Tensor:
         """``table_BP``: the blocks of each lease, int32, filled up with block 0."""
