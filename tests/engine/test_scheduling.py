@@ -293,7 +293,8 @@ def poison(model: Any) -> Iterator[None]:
     """A forward fails that has the token `POISON` anywhere in its rows."""
 
     def check(_: object, inputs: tuple[torch.Tensor]) -> None:
-        if (inputs[0] == POISON).any():
+        rows = inputs[0].dim() == 2  # else the sampler head, after the forward
+        if rows and (inputs[0] == POISON).any():
             raise RuntimeError("poisoned")
 
     hook = model[0].embed.register_forward_pre_hook(check)
