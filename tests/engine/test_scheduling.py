@@ -254,11 +254,11 @@ def test_under_overload_everybody_ends(llm: LLM, model: Any) -> None:
     requests: list[Request] = []
     for step in range(60):
         if step % 2 == 0:
-            requests.append(engine.add([5 + step % 40] * 12, params_of(step, 24)))
+            requests.append(engine.add([5 + step % 40] * 12, params_of(step, 40)))
         engine.step()
     run(engine)
     assert engine.stats.preemptions > 0
-    assert all(len(r.token_ids) == 24 for r in requests)
+    assert all(len(r.token_ids) == 40 for r in requests)
     assert_empty(engine)
 
 

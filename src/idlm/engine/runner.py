@@ -62,7 +62,9 @@ class Runner:
         """The requests at ``rows`` of ``state``."""
         return state.select(torch.tensor(rows, dtype=torch.int64, device=self.device))
 
-    def _inputs(self, request: Request, end: int) -> tuple[torch.Tensor, ...]:
+    def _inputs(
+        self, request: Request, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         return (
             self._cache.k_LNKTD,
             self._cache.v_LNKTD,
