@@ -1,0 +1,151 @@
+"""The paged attention kernels, interpreted on the CPU or compiled on a GPU, against SDPA."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from idlm.model.attention import grouped_attention, visibility_bias, within_window
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+pytest.importorskip("triton")
+from idlm.model.paged_kernel import SPLIT_KEYS, append, attend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+T = 16
+
+
+class Case:
+    """Random requests of one batch: contiguous keys, and the same in scattered blocks."""
+
+    def __init__(
+        self,
+        starts: list[int],
+        R: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        B, S = len(starts), max(starts) + R
+        P = -(-S // T)
+        self.starts = starts
+        self.q_BRQD = torch.randn(B, R, heads, dim, generator=draw).to(dtype)
+        self.k_BSKD, self.v_BSKD = torch.randn(2, B, P * T, kv_heads, dim, generator=draw).to(dtype)
+        self.start_B = torch.tensor(starts)
+        # Rows at any distance after the committed tokens, each seeing itself.
+        self.positions_BR = self.start_B[:, None] + torch.arange(R)
+        self.visible_BRR = torch.rand(B, R, R, generator=draw) < 0.5
+        self.visible_BRR |= torch.eye(R, dtype=torch.bool)
+        blocks = torch.randperm(B * P + 3, generator=draw)[: B * P]
+        self.table_BP = blocks.view(B, P).int()
+        shape = (B * P + 3, kv_heads, T, dim)
+        # Poison: a cell that nobody wrote must not count.
+        self.k_NKTD, self.v_NKTD = torch.full((2, *shape), float("nan")).to(dtype)
+        for b, start in enumerate(starts):
+            for cache, source in ((self.k_NKTD, self.k_BSKD), (self.v_NKTD, self.v_BSKD)):
+                padded_PTKD = source[b].unflatten(0, (P, T))
+                for p in range(-(-start // T)):
+                    rows = min(T, start - p * T)
+                    cache[self.table_BP[b, p].long(), :, :rows] = padded_PTKD[p, :rows].transpose(
+                        0, 1
+                    )
+
+    def run(self, window: int | None = None, rows: slice = slice(None)) -> torch.Tensor:
+        """The kernels on the requests at ``rows``."""
+        R = self.q_BRQD.shape[1]
+        index_BR = self.positions_BR
+        batch_B1 = torch.arange(len(self.starts))[:, None]
+        k, v = (x[batch_B1, index_BR][rows].to(DEVICE) for x in (self.k_BSKD, self.v_BSKD))
+        k_cache, v_cache = self.k_NKTD.to(DEVICE), self.v_NKTD.to(DEVICE)
+        table, start = self.table_BP[rows].to(DEVICE), self.start_B[rows].to(DEVICE)
+        append(k, v, k_cache, v_cache, table, start)
+        out = attend(
+            self.q_BRQD[rows].to(DEVICE),
+            k_cache,
+            v_cache,
+            table,
+            start,
+            self.positions_BR[rows].to(DEVICE),
+            self.visible_BRR[rows].to(DEVICE),
+            window,
+        )
+        assert out.shape[1] == R
+        return out.cpu()
+
+    def expected(self, window: int | None = None) -> torch.Tensor:
+        """SDPA in fp64."""
+        B, R = self.positions_BR.shape
+        S = self.k_BSKD.shape[1]
+        visible_BRS = (torch.arange(S) < self.start_B[:, None])[:, None].repeat(1, R, 1)
+        index_BRR = self.positions_BR[:, None].expand(B, R, R)
+        visible_BRS.scatter_(2, index_BRR, self.visible_BRR)
+        keys_BS = torch.arange(S).repeat(B, 1)
+        visible_BRS &= within_window(self.positions_BR, keys_BS, window)
+        return grouped_attention(
+            self.q_BRQD.double(),
+            self.k_BSKD.double().transpose(1, 2),
+            self.v_BSKD.double().transpose(1, 2),
+            visibility_bias(visible_BRS, torch.float64),
+        )
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("starts", "R", "heads", "kv_heads", "dim"),
+    [
+        ([0, 1, 40], 7, 9, 3, 64),
+        ([SPLIT_KEYS - 3, SPLIT_KEYS, 5], 4, 4, 4, 80),
+        ([SPLIT_KEYS + 5, 17], 16, 4, 2, 96),
+        ([31], 1, 8, 1, 128),
+        ([20, 300], 25, 3, 1, 256),
+    ],
+)
+def test_matches_sdpa(starts: list[int], R: int, heads: int, kv_heads: int, dim: int) -> None:
+    case = Case(starts, R, heads, kv_heads, dim)
+    assert relative_error(case.run(), case.expected()) < 1e-5
+
+
+@pytest.mark.gpu  # the interpreter's matrix product takes bf16 for integers
+def test_bf16_within_its_rounding() -> None:
+    case = Case([70, 300], 7, 9, 3, 64, torch.bfloat16)
+    assert relative_error(case.run(), case.expected()) < 1e-2
+
+
+@pytest.mark.parametrize("window", [1, 270])
+def test_sliding_window(window: int) -> None:
+    case = Case([300, 3], 3, 4, 2, 64)
+    assert relative_error(case.run(window), case.expected(window)) < 1e-5
+
+
+def test_a_row_that_sees_nothing_is_zero() -> None:
+    case = Case([0], 3, 4, 2, 64)
+    case.visible_BRR[:, 1] = False
+    out_BRQD = case.run()
+    assert torch.equal(out_BRQD[:, 1], torch.zeros_like(out_BRQD[:, 1]))
+    assert (out_BRQD[:, [0, 2]] != 0).all()
+
+
+def test_a_request_does_not_depend_on_the_batch() -> None:
+    case = Case([300, 20, 77], 4, 6, 3, 64)
+    together = case.run()
+    for b in range(3):
+        assert torch.equal(case.run(rows=slice(b, b + 1)), together[b : b + 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("start", [1, 1000, 8192, 32_000])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (32, 8, 128)])
+@pytest.mark.parametrize("R", [1, 7, 16, 64, 519])
+def test_long_contexts(start: int, heads: int, kv_heads: int, dim: int, R: int) -> None:
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        case = Case([start, start // 2], R, heads, kv_heads, dim, dtype)
+        assert relative_error(case.run(), case.expected()) < bound
