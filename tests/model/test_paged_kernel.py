@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
 import torch
 
 from idlm.model.attention import grouped_attention, visibility_bias, within_window
+from idlm.model.decoder import rotate
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton")
-from idlm.model.paged_kernel import SPLIT_KEYS, append, attend
+from idlm.model.paged_kernel import SPLIT_KEYS, attend, rotate_and_append
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T = 16
@@ -64,9 +66,14 @@ class Case:
         k, v = (x[batch_B1, index_BR][rows].to(DEVICE) for x in (self.k_BSKD, self.v_BSKD))
         k_cache, v_cache = self.k_NKTD.to(DEVICE), self.v_NKTD.to(DEVICE)
         table, start = self.table_BP[rows].to(DEVICE), self.start_B[rows].to(DEVICE)
-        append(k, v, k_cache, v_cache, table, start)
+        # An angle of 0: what is appended stays as it is.
+        qkv_BRW = torch.cat((self.q_BRQD[rows].to(DEVICE), k, v), dim=2).flatten(2)
+        cos_BR1D = torch.ones(len(k), R, 1, k.shape[-1], dtype=k.dtype, device=DEVICE)
+        q_BRQD = rotate_and_append(
+            qkv_BRW, cos_BR1D, torch.zeros_like(cos_BR1D), k_cache, v_cache, table, start
+        )
         out = attend(
-            self.q_BRQD[rows].to(DEVICE),
+            q_BRQD,
             k_cache,
             v_cache,
             table,
@@ -149,3 +156,40 @@ def test_long_contexts(start: int, heads: int, kv_heads: int, dim: int, R: int) 
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         case = Case([start, start // 2], R, heads, kv_heads, dim, dtype)
         assert relative_error(case.run(), case.expected()) < bound
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotation_norms_and_cache(normed: bool) -> None:
+    B, R, Q, K, D, eps = 2, 3, 4, 2, 80, 1e-5
+    draw = torch.Generator().manual_seed(0)
+    qkv_BRND = torch.randn(B, R, Q + 2 * K, D, generator=draw)
+    norms_2D = torch.rand(2, D, generator=draw) + 0.5
+    angles_BR1F = torch.randn(B, R, 1, D // 2, generator=draw)
+    cos_BR1D = torch.cat((angles_BR1F.cos(),) * 2, dim=-1)
+    sin_BR1D = torch.cat((-angles_BR1F.sin(), angles_BR1F.sin()), dim=-1)
+    caches_2NKTD = torch.zeros(2, 8, K, T, D)
+    table_BP, start_B = torch.tensor([[5, 2], [7, 1]]).int(), torch.tensor([15, 3])
+    on_device = caches_2NKTD.to(DEVICE)
+    q_BRQD = rotate_and_append(
+        qkv_BRND.flatten(2).to(DEVICE, copy=True),
+        cos_BR1D.to(DEVICE),
+        sin_BR1D.to(DEVICE),
+        on_device[0],
+        on_device[1],
+        table_BP.to(DEVICE),
+        start_B.to(DEVICE),
+        *(norms_2D.to(DEVICE) if normed else (None, None)),
+        eps,
+    )
+    q, k, v = qkv_BRND.split((Q, K, K), dim=2)
+    if normed:
+        q = torch.nn.functional.rms_norm(q, (D,), norms_2D[0], eps)
+        k = torch.nn.functional.rms_norm(k, (D,), norms_2D[1], eps)
+    q, k = rotate(q, cos_BR1D, sin_BR1D), rotate(k, cos_BR1D, sin_BR1D)
+    for b, r in itertools.product(range(B), range(R)):
+        index = int(start_B[b]) + r
+        block = int(table_BP[b, index // T])
+        caches_2NKTD[0, block, :, index % T] = k[b, r]
+        caches_2NKTD[1, block, :, index % T] = v[b, r]
+    torch.testing.assert_close(q_BRQD.cpu(), q, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(on_device.cpu(), caches_2NKTD, atol=1e-5, rtol=1e-4)

@@ -18,32 +18,54 @@ SPLIT_KEYS = 256
 MIN_ROWS, MAX_ROWS = 16, 64
 
 
-def append(
-    k_BRKD: torch.Tensor,
-    v_BRKD: torch.Tensor,
+def rotate_and_append(
+    qkv_BRW: torch.Tensor,
+    cos_BR1D: torch.Tensor,
+    sin_BR1D: torch.Tensor,
     k_NKTD: torch.Tensor,
     v_NKTD: torch.Tensor,
     table_BP: torch.Tensor,
     start_B: torch.Tensor,
-) -> None:
-    """Write row ``r`` of request ``b`` at index ``start_b + r``; arguments as in `attend`."""
-    B, R, K, D = k_BRKD.shape
-    _append[(B, R)](
-        k_BRKD,
-        v_BRKD,
+    q_norm_D: torch.Tensor | None = None,
+    k_norm_D: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> torch.Tensor:
+    """Rotate queries and keys (after their norms, if any) and put keys and values into the cache.
+
+    Args:
+        qkv_BRW: the heads of queries, keys and values, ``[B, R, (Q + 2 K) * D]``, dense; the
+            queries are overwritten.
+        cos_BR1D, sin_BR1D: as `decoder.rotate` takes them.
+    Further arguments as in `attend`; row ``r`` of request ``b`` goes to index ``start_b + r``.
+
+    Returns:
+        The queries, ``[B, R, Q, D]``, a part of ``qkv``.
+    """
+    B, R, W = qkv_BRW.shape
+    K, T, D = k_NKTD.shape[1:]
+    Q = W // D - 2 * K
+    _rotate_and_append[(B * R, W // D)](
+        qkv_BRW,
+        cos_BR1D,
+        sin_BR1D,
+        qkv_BRW if q_norm_D is None else q_norm_D,
+        qkv_BRW if k_norm_D is None else k_norm_D,
         k_NKTD,
         v_NKTD,
         table_BP,
         start_B,
-        *k_BRKD.stride()[:3],
-        *v_BRKD.stride()[:3],
+        R,
+        eps,
         *k_NKTD.stride()[:3],
         table_BP.stride(0),
+        NORM=q_norm_D is not None,
+        Q=Q,
         K=K,
         D=D,
-        T=k_NKTD.shape[2],
-        WIDTH=triton.next_power_of_2(K * D),
+        T=T,
+        HALF=triton.next_power_of_2(D // 2),
     )
+    return qkv_BRW.view(B, R, -1, D)[:, :, :Q]
 
 
 def attend(
@@ -63,7 +85,7 @@ def attend(
     Args:
         q_BRQD: queries; Q query heads share K KV heads.
         k_NKTD, v_NKTD: blocks of T tokens, of the same dtype; the rows' own are there already
-            (`append`).
+            (`rotate_and_append`).
         table_BP: blocks of each request, int32; index ``i`` is at ``i % T`` of block ``i // T``.
         start_B: committed tokens, int64; every row sees them (within the window).
         positions_BR: positions of the in-flight rows, int64.
@@ -125,42 +147,64 @@ def attend(
 
 
 @triton.jit
-def _append(  # type: ignore[no-untyped-def]
-    k_ptr,
-    v_ptr,
+def _rotate_and_append(  # type: ignore[no-untyped-def]
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     k_cache_ptr,
     v_cache_ptr,
     table_ptr,
     start_ptr,
-    k_stride_b,
-    k_stride_r,
-    k_stride_h,
-    v_stride_b,
-    v_stride_r,
-    v_stride_h,
+    R,
+    eps,
     cache_stride_n,
     cache_stride_h,
     cache_stride_t,
     table_stride,
+    NORM: tl.constexpr,
+    Q: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
     T: tl.constexpr,
-    WIDTH: tl.constexpr,
+    HALF: tl.constexpr,
 ):
-    """One row's keys and values of all KV heads."""
-    b = tl.program_id(0)
-    r = tl.program_id(1)
-    index = tl.load(start_ptr + b) + r
-    block = tl.load(table_ptr + b * table_stride + index // T).to(tl.int64)
-    lane = tl.arange(0, WIDTH)
-    head = lane // D
-    dim = lane % D
-    real = lane < K * D
-    cell = block * cache_stride_n + head * cache_stride_h + (index % T) * cache_stride_t + dim
-    k = tl.load(k_ptr + b * k_stride_b + r * k_stride_r + head * k_stride_h + dim, mask=real)
-    v = tl.load(v_ptr + b * v_stride_b + r * v_stride_r + head * v_stride_h + dim, mask=real)
-    tl.store(k_cache_ptr + cell, k, mask=real)
-    tl.store(v_cache_ptr + cell, v, mask=real)
+    """One head of one row."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    lane = tl.arange(0, HALF)
+    real = lane < D // 2
+    first_ptr = qkv_ptr + (row.to(tl.int64) * (Q + 2 * K) + head) * D + lane
+    x1 = tl.load(first_ptr, mask=real, other=0.0).to(tl.float32)
+    x2 = tl.load(first_ptr + D // 2, mask=real, other=0.0).to(tl.float32)
+    if head < Q + K:
+        if NORM:
+            shrink = 1.0 / tl.sqrt((tl.sum(x1 * x1, 0) + tl.sum(x2 * x2, 0)) / D + eps)
+            norm_ptr = q_norm_ptr if head < Q else k_norm_ptr
+            x1 *= shrink * tl.load(norm_ptr + lane, mask=real, other=0.0).to(tl.float32)
+            x2 *= shrink * tl.load(norm_ptr + D // 2 + lane, mask=real, other=0.0).to(tl.float32)
+        # The halves of cos are equal; sin carries the sign of its first half.
+        cos = tl.load(cos_ptr + row * D + lane, mask=real, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + row * D + D // 2 + lane, mask=real, other=0.0).to(tl.float32)
+        rotated = x1 * cos - x2 * sin
+        x2 = x2 * cos + x1 * sin
+        x1 = rotated
+    kind = qkv_ptr.dtype.element_ty
+    if head < Q:
+        tl.store(first_ptr, x1.to(kind), mask=real)
+        tl.store(first_ptr + D // 2, x2.to(kind), mask=real)
+    else:
+        b = row // R
+        index = tl.load(start_ptr + b) + row % R
+        block = tl.load(table_ptr + b * table_stride + index // T).to(tl.int64)
+        cell = block * cache_stride_n + (index % T) * cache_stride_t + lane
+        if head < Q + K:
+            cell_ptr = k_cache_ptr + cell + (head - Q) * cache_stride_h
+        else:
+            cell_ptr = v_cache_ptr + cell + (head - Q - K) * cache_stride_h
+        tl.store(cell_ptr, x1.to(kind), mask=real)
+        tl.store(cell_ptr + D // 2, x2.to(kind), mask=real)
 
 
 @triton.jit
