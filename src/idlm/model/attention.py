@@ -6,6 +6,7 @@ and which row sees which key is decided there and nowhere else.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -111,20 +112,12 @@ class PagedAttention:
         self.k_LNKTD, self.v_LNKTD, self.table_BP = k_LNKTD, v_LNKTD, table_BP
         self.start_B, self.positions_BR, self.visible_BRR = start_B, positions_BR, visible_BRR
         self.window = window
-        self._native = cpu_kernels.usable(k_LNKTD)
-        if not self._native:
-            T, R = k_LNKTD.shape[3], positions_BR.shape[1]
-            self._index_BR = start_B[:, None] + torch.arange(R, device=start_B.device)
-            self._blocks_BR = table_BP.gather(1, self._index_BR // T)
-            index_S = torch.arange(table_BP.shape[1] * T, device=start_B.device)
-            self._dead_B1S1 = (index_S >= start_B[:, None] + R)[:, None, :, None]
-            self._bias_BRS = self._bias(index_S, k_LNKTD.dtype)
 
     def __call__(
         self, layer: int, q_BRQD: torch.Tensor, k_BRKD: torch.Tensor, v_BRKD: torch.Tensor
     ) -> torch.Tensor:
         k_NKTD, v_NKTD = self.k_LNKTD[layer], self.v_LNKTD[layer]
-        if self._native:
+        if cpu_kernels.usable(k_NKTD):
             cpu_kernels.append(k_BRKD, k_NKTD, self.table_BP, self.start_B)
             cpu_kernels.append(v_BRKD, v_NKTD, self.table_BP, self.start_B)
             return cpu_kernels.attention(
@@ -138,26 +131,32 @@ class PagedAttention:
                 scale=q_BRQD.shape[-1] ** -0.5,
                 window=self.window,
             )
-        slots_BR = self._index_BR % k_NKTD.shape[2]
-        k_NKTD[self._blocks_BR, :, slots_BR] = k_BRKD
-        v_NKTD[self._blocks_BR, :, slots_BR] = v_BRKD
-        return grouped_attention(
-            q_BRQD, self._gathered(k_NKTD), self._gathered(v_NKTD), self._bias_BRS
-        )
+        index_BR, dead_B1S1, bias_BRS = self._places
+        T = k_NKTD.shape[2]
+        blocks_BR = self.table_BP.gather(1, index_BR // T)
+        k_NKTD[blocks_BR, :, index_BR % T] = k_BRKD
+        v_NKTD[blocks_BR, :, index_BR % T] = v_BRKD
+        # What has not been written may be NaN, which a weight of 0 does not take away.
+        k_BKSD, v_BKSD = (self._gathered(x).masked_fill(dead_B1S1, 0) for x in (k_NKTD, v_NKTD))
+        return grouped_attention(q_BRQD, k_BKSD, v_BKSD, bias_BRS)
 
     def _gathered(self, cache_NKTD: torch.Tensor) -> torch.Tensor:
         """``[B, K, S, D]``: the keys or values of each request in a row."""
-        cache_BKSD = cache_NKTD[self.table_BP].transpose(1, 2).flatten(2, 3)
-        # What has not been written may be NaN, which a weight of 0 does not take away.
-        return cache_BKSD.masked_fill(self._dead_B1S1, 0)
+        return cache_NKTD[self.table_BP].transpose(1, 2).flatten(2, 3)
 
-    def _bias(self, index_S: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    @cached_property
+    def _places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where rows write, which cells nobody has written, and who sees what: for all layers."""
         B, R = self.positions_BR.shape
+        S, device = self.table_BP.shape[1] * self.k_LNKTD.shape[3], self.start_B.device
+        index_BR = self.start_B[:, None] + torch.arange(R, device=device)
+        index_S = torch.arange(S, device=device)
         committed_B1S = (index_S < self.start_B[:, None])[:, None]
         visible_BRS = committed_B1S.repeat(1, R, 1)
-        visible_BRS.scatter_(2, self._index_BR[:, None].expand(B, R, R), self.visible_BRR)
+        visible_BRS.scatter_(2, index_BR[:, None].expand(B, R, R), self.visible_BRR)
         if self.window is not None:
             key_positions_BS = index_S.repeat(B, 1)
-            key_positions_BS.scatter_(1, self._index_BR, self.positions_BR)
+            key_positions_BS.scatter_(1, index_BR, self.positions_BR)
             visible_BRS &= within_window(self.positions_BR, key_positions_BS, self.window)
-        return visibility_bias(visible_BRS, dtype)
+        dead_B1S1 = (index_S >= self.start_B[:, None] + R)[:, None, :, None]
+        return index_BR, dead_B1S1, visibility_bias(visible_BRS, self.k_LNKTD.dtype)

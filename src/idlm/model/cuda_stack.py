@@ -18,8 +18,15 @@ from torch import nn
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear
     from idlm.model.attention import PagedAttention
-    from idlm.model.decoder import Decoder, Layer
+    from idlm.model.decoder import Decoder, Layer, Linear, RMSNorm
     from idlm.model.projection_kernel import LowRank
+
+    Update = tuple[LowRank | None, int]  # and the first row that it acts on
+
+# Up to so many rows of all requests the weights' bytes are what a product costs, and the fused
+# kernel reads them as fast as it goes; above, the library's product is faster.
+FUSED_ROWS = 128
+PROJECTIONS = ("qkv", "o", "gate_up", "down")
 
 
 def takes(x_BRH: torch.Tensor, attention: PagedAttention, adapter: Adapter | None) -> bool:
@@ -41,79 +48,109 @@ def run(
     num_masks: int,
     adapter: Adapter | None,
 ) -> torch.Tensor:
-    """All layers and the final norm: ``x`` is overwritten, the cache gets the rows' keys.
+    """All layers and the final norm; the cache gets the rows' keys and values.
 
     Returns:
         ``hidden_BRH``.
     """
     # Triton comes with torch on CUDA machines only.
-    from idlm.model.paged_kernel import attend, rotate_and_append
-    from idlm.model.projection_kernel import project
+    from idlm.model.paged_kernel import Rows, attend, rotate_and_append
 
-    eps = decoder.config.rms_norm_eps
-    x_BRH, cos_BR1D, sin_BR1D = x_BRH.contiguous(), cos_BR1D.contiguous(), sin_BR1D.contiguous()
-    updates = [{}] * len(decoder.layers) if adapter is None else _updates(adapter)
+    B, R, _ = x_BRH.shape
+    rows = Rows(
+        requests=B,
+        clean=R - num_masks,
+        masks=num_masks,
+        table_BP=attention.table_BP,
+        start_B=attention.start_B,
+        positions_BR=attention.positions_BR,
+        visible_BRR=attention.visible_BRR.contiguous(),
+    )
+    x_NH = rows.flat(x_BRH)
+    cos_ND, sin_ND = rows.flat(cos_BR1D.squeeze(2)), rows.flat(sin_BR1D.squeeze(2))
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
-    for layer, update in zip(layers, updates, strict=True):
+    updates = [{}] * len(layers) if adapter is None else _updates(adapter)
+    project = _fused if len(x_NH) <= FUSED_ROWS else _plain
+    ready_L41 = torch.zeros(len(layers), 4, 1, dtype=torch.int32, device=x_NH.device)
+    for layer, update, ready in zip(layers, updates, ready_L41.unbind(), strict=True):
         k_NKTD, v_NKTD = attention.k_LNKTD[layer.index], attention.v_LNKTD[layer.index]
-        qkv_BRW = project(
-            x_BRH,
-            layer.qkv.weight,
-            layer.qkv.bias,
-            low_rank=update.get("qkv"),
-            num_masks=num_masks,
-            norm_I=layer.attn_norm.weight,
-            eps=eps,
-        )
-        q_BRQD = rotate_and_append(
-            qkv_BRW,
-            cos_BR1D,
-            sin_BR1D,
+        low_rank = {name: (update.get(name), rows.first_mask) for name in PROJECTIONS}
+        qkv_NW = project(layer.qkv, x_NH, low_rank["qkv"], ready[0], norm=layer.attn_norm)
+        rotate_and_append(
+            qkv_NW,
+            cos_ND,
+            sin_ND,
             k_NKTD,
             v_NKTD,
-            attention.table_BP,
-            attention.start_B,
+            rows,
             None if layer.q_norm is None else layer.q_norm.weight,
             None if layer.k_norm is None else layer.k_norm.weight,
-            eps,
+            decoder.config.rms_norm_eps,
         )
-        attended_BRQD = attend(
-            q_BRQD,
-            k_NKTD,
-            v_NKTD,
-            attention.table_BP,
-            attention.start_B,
-            attention.positions_BR,
-            attention.visible_BRR,
-            attention.window,
+        attended_NX = attend(qkv_NW, k_NKTD, v_NKTD, rows, attention.window)
+        x_NH = project(layer.o, attended_NX, low_rank["o"], ready[1], residual_NO=x_NH)
+        inner_NI = project(
+            layer.gate_up, x_NH, low_rank["gate_up"], ready[2], norm=layer.mlp_norm, gated=True
         )
-        project(
-            attended_BRQD.flatten(2),
-            layer.o.weight,
-            layer.o.bias,
-            low_rank=update.get("o"),
-            num_masks=num_masks,
-            residual_BRO=x_BRH,
+        x_NH = project(layer.down, inner_NI, low_rank["down"], ready[3], residual_NO=x_NH)
+    return rows.unflat(decoder.norm(x_NH))
+
+
+def _fused(
+    linear: Linear,
+    x_NI: torch.Tensor,
+    update: Update,
+    ready_1: torch.Tensor,
+    *,
+    norm: RMSNorm | None = None,
+    gated: bool = False,
+    residual_NO: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A projection and what surrounds it, as one launch (see `projection_kernel.project`)."""
+    from idlm.model.projection_kernel import project
+
+    return project(
+        x_NI,
+        linear.weight,
+        linear.bias,
+        low_rank=update[0],
+        first_mask=update[1],
+        ready_1=ready_1,
+        norm_I=None if norm is None else norm.weight,
+        eps=0.0 if norm is None else norm.eps,
+        gated=gated,
+        residual_NO=residual_NO,
+    )
+
+
+def _plain(
+    linear: Linear,
+    x_NI: torch.Tensor,
+    update: Update,
+    ready_1: torch.Tensor,
+    *,
+    norm: RMSNorm | None = None,
+    gated: bool = False,
+    residual_NO: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same with the library's products, for many rows."""
+    x_NI = x_NI if norm is None else norm(x_NI)
+    y_NO = F.linear(x_NI, linear.weight, linear.bias)
+    low_rank, first_mask = update
+    if low_rank is not None and first_mask < len(x_NI):
+        z_MZ = F.linear(x_NI[first_mask:], low_rank.A_ZI)
+        modules = zip(
+            y_NO[first_mask:].split(low_rank.modules, dim=1),
+            z_MZ.split(low_rank.B_OZ.shape[1], dim=1),
+            low_rank.B_OZ.split(low_rank.modules),
+            strict=True,
         )
-        gate_up_BRI = project(
-            x_BRH,
-            layer.gate_up.weight,
-            layer.gate_up.bias,
-            low_rank=update.get("gate_up"),
-            num_masks=num_masks,
-            norm_I=layer.mlp_norm.weight,
-            eps=eps,
-        )
-        project(
-            gate_up_BRI,
-            layer.down.weight,
-            layer.down.bias,
-            low_rank=update.get("down"),
-            num_masks=num_masks,
-            swiglu=True,
-            residual_BRO=x_BRH,
-        )
-    return F.rms_norm(x_BRH, decoder.norm.weight.shape, decoder.norm.weight, eps)
+        for y_MO, z_Mr, B_Or in modules:
+            y_MO.addmm_(z_Mr, B_Or.T)
+    if gated:
+        gate_NI, up_NI = y_NO.chunk(2, dim=-1)
+        y_NO = F.silu(gate_NI) * up_NI
+    return y_NO if residual_NO is None else residual_NO.add_(y_NO)
 
 
 # By module, not in an attribute of it: what is derived must not be copied or saved with a module.

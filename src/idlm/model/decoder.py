@@ -1,6 +1,6 @@
 """The Llama-family decoder: one definition for training and inference.
 
-On the CPU, rows over a KV cache run through the same layers as fused kernels (`cpu_stack`).
+Rows over a KV cache run through the same layers as fused kernels (`cpu_stack`, `cuda_stack`).
 
 A forward takes *rows*: clean tokens first, then mask rows. Rows know their position explicitly;
 what a row sees is the business of the `Attention` passed in. An `Adapter` acts on the mask rows
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from idlm.model import cpu_kernels, cpu_stack
+from idlm.model import cpu_kernels, cpu_stack, cuda_stack
 from idlm.model.attention import Attention, PagedAttention
 from idlm.model.config import ModelConfig
 
@@ -168,8 +168,10 @@ class Decoder(nn.Module):
         x_BRH = self._embed(tokens_BC, num_masks, adapter)
         cos_BR1D, sin_BR1D = self._rope(positions_BR, x_BRH.dtype)
         lora = adapter if num_masks else None
-        if isinstance(attention, PagedAttention) and cpu_stack.takes(x_BRH, attention, lora):
-            return cpu_stack.run(self, x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, lora)
+        if isinstance(attention, PagedAttention):
+            for stack in (cpu_stack, cuda_stack):
+                if stack.takes(x_BRH, attention, lora):
+                    return stack.run(self, x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, lora)
         for layer in self.layers:
             x_BRH = layer(x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, lora)
         return self.norm(x_BRH)

@@ -1,81 +1,124 @@
 """Triton kernels of attention over a paged KV cache, for 1 to many in-flight rows a request.
 
+Rows are flat, as the projections have them: the clean rows of all requests, then their mask rows.
 The rows of a request times the query heads of one KV head are packed into tiles, so that a few rows
-fill a matrix unit. The keys are split into fixed chunks that run side by side and are merged by
-their log-sum-exp (flash-decoding); the split depends on a request's own length only, so its result
-does not depend on the batch.
+fill a matrix unit. The keys are split into parts that run side by side and are merged by their
+log-sum-exp (flash-decoding).
 """
 
 # No deferred annotations here: Triton reads them.
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
-# Keys per step of the loop, and per split.
+# Keys per step of the loop, and in the shortest part.
 STEP_KEYS = 64
-SPLIT_KEYS = 256
+PART_KEYS = 256
+MAX_PARTS = 32
+# Programs that keep a GPU busy.
+PROGRAMS = 256
 # Packed rows of one program at most; the matrix units want 16 at least.
 MIN_ROWS, MAX_ROWS = 16, 64
+# Heads of one program that rotates.
+HEADS = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a forward.
+
+    Attributes:
+        requests, clean, masks: B, and rows of each request of either kind.
+        table_BP: blocks of each request, int32; index ``i`` is at ``i % T`` of block ``i // T``.
+        start_B: committed tokens, int64; row ``r`` of request ``b`` is at index ``start_b + r``.
+        positions_BR: positions of the rows, int64.
+        visible_BRR: bool, dense; ``visible[b, r, c]``: row ``r`` sees in-flight row ``c``.
+    """
+
+    requests: int
+    clean: int
+    masks: int
+    table_BP: torch.Tensor
+    start_B: torch.Tensor
+    positions_BR: torch.Tensor
+    visible_BRR: torch.Tensor
+
+    @property
+    def first_mask(self) -> int:
+        """Clean rows of all requests together: where the mask rows begin."""
+        return self.requests * self.clean
+
+    def flat(self, x_BRX: torch.Tensor) -> torch.Tensor:
+        """``[B, R, ...]`` to ``[N, ...]``, the clean rows first."""
+        if self.masks == 0 or self.clean == 0:
+            return x_BRX.flatten(0, 1).contiguous()
+        return torch.cat(
+            (x_BRX[:, : self.clean].flatten(0, 1), x_BRX[:, self.clean :].flatten(0, 1))
+        )
+
+    def unflat(self, x_NX: torch.Tensor) -> torch.Tensor:
+        """``[N, ...]`` to ``[B, R, ...]``."""
+        clean, masks = x_NX[: self.first_mask], x_NX[self.first_mask :]
+        parts = [(clean, self.clean), (masks, self.masks)]
+        return torch.cat([x.unflatten(0, (self.requests, n)) for x, n in parts if n], dim=1)
 
 
 def rotate_and_append(
-    qkv_BRW: torch.Tensor,
-    cos_BR1D: torch.Tensor,
-    sin_BR1D: torch.Tensor,
+    qkv_NW: torch.Tensor,
+    cos_ND: torch.Tensor,
+    sin_ND: torch.Tensor,
     k_NKTD: torch.Tensor,
     v_NKTD: torch.Tensor,
-    table_BP: torch.Tensor,
-    start_B: torch.Tensor,
+    rows: Rows,
     q_norm_D: torch.Tensor | None = None,
     k_norm_D: torch.Tensor | None = None,
     eps: float = 0.0,
-) -> torch.Tensor:
+) -> None:
     """Rotate queries and keys (after their norms, if any) and put keys and values into the cache.
 
     Args:
-        qkv_BRW: the heads of queries, keys and values, ``[B, R, (Q + 2 K) * D]``, dense; the
-            queries are overwritten.
-        cos_BR1D, sin_BR1D: as `decoder.rotate` takes them.
-    Further arguments as in `attend`; row ``r`` of request ``b`` goes to index ``start_b + r``.
-
-    Returns:
-        The queries, ``[B, R, Q, D]``, a part of ``qkv``.
+        qkv_NW: the heads of queries, keys and values, ``[N, (Q + 2 K) * D]``, dense; the queries
+            are overwritten.
+        cos_ND, sin_ND: as `decoder.rotate` takes them, for flat rows, dense.
+        k_NKTD, v_NKTD: blocks of T tokens.
     """
-    B, R, W = qkv_BRW.shape
+    N, W = qkv_NW.shape
     K, T, D = k_NKTD.shape[1:]
-    Q = W // D - 2 * K
-    _rotate_and_append[(B * R, W // D)](
-        qkv_BRW,
-        cos_BR1D,
-        sin_BR1D,
-        qkv_BRW if q_norm_D is None else q_norm_D,
-        qkv_BRW if k_norm_D is None else k_norm_D,
+    heads = W // D
+    _rotate_and_append[(N, triton.cdiv(heads, HEADS))](
+        qkv_NW,
+        cos_ND,
+        sin_ND,
+        qkv_NW if q_norm_D is None else q_norm_D,
+        qkv_NW if k_norm_D is None else k_norm_D,
         k_NKTD,
         v_NKTD,
-        table_BP,
-        start_B,
-        R,
+        rows.table_BP,
+        rows.start_B,
+        rows.requests,
+        rows.clean,
+        rows.masks,
         eps,
         *k_NKTD.stride()[:3],
-        table_BP.stride(0),
+        rows.table_BP.stride(0),
         NORM=q_norm_D is not None,
-        Q=Q,
+        Q=heads - 2 * K,
         K=K,
         D=D,
         T=T,
+        HEADS=HEADS,
         HALF=triton.next_power_of_2(D // 2),
+        num_warps=2,
     )
-    return qkv_BRW.view(B, R, -1, D)[:, :, :Q]
 
 
 def attend(
-    q_BRQD: torch.Tensor,
+    qkv_NW: torch.Tensor,
     k_NKTD: torch.Tensor,
     v_NKTD: torch.Tensor,
-    table_BP: torch.Tensor,
-    start_B: torch.Tensor,
-    positions_BR: torch.Tensor,
-    visible_BRR: torch.Tensor,
+    rows: Rows,
     window: int | None = None,
 ) -> torch.Tensor:
     """Softmax attention of in-flight rows over committed keys and over each other.
@@ -83,70 +126,84 @@ def attend(
     Nothing waits for the device, and the launch depends on shapes only: it can be captured.
 
     Args:
-        q_BRQD: queries; Q query heads share K KV heads.
-        k_NKTD, v_NKTD: blocks of T tokens, of the same dtype; the rows' own are there already
-            (`rotate_and_append`).
-        table_BP: blocks of each request, int32; index ``i`` is at ``i % T`` of block ``i // T``.
-        start_B: committed tokens, int64; every row sees them (within the window).
-        positions_BR: positions of the in-flight rows, int64.
-        visible_BRR: bool; ``visible[b, r, c]``: row ``r`` sees in-flight row ``c``.
+        qkv_NW: as `rotate_and_append` has left it; Q query heads share K KV heads.
+        k_NKTD, v_NKTD: of the same dtype; the rows' own are there already.
         window: a row sees keys less than this many positions before it; None: all.
     Returns:
-        ``[B, R, Q, D]``, contiguous; 0 for a row that sees no key.
+        ``[N, Q * D]``; 0 for a row that sees no key.
     """
-    B, R, Q, D = q_BRQD.shape
-    K, T = k_NKTD.shape[1:3]
-    G = Q // K
-    rows = min(MAX_ROWS, max(MIN_ROWS, triton.next_power_of_2(R * G)))
-    splits = triton.cdiv(table_BP.shape[1] * T, SPLIT_KEYS)
-    out_BRQD = torch.empty((B, R, Q, D), dtype=q_BRQD.dtype, device=q_BRQD.device)
-    partial = out_BRQD
-    weight = torch.empty((splits, B, R, Q), dtype=torch.float32, device=q_BRQD.device)
-    if splits > 1:
-        partial = torch.empty((splits, B, R, Q, D), dtype=torch.float32, device=q_BRQD.device)
-    visible_BRR = visible_BRR.contiguous()
-    _attend[(B * K, triton.cdiv(R * G, rows), splits)](
-        q_BRQD,
+    N, W = qkv_NW.shape
+    K, T, D = k_NKTD.shape[1:]
+    Q = W // D - 2 * K
+    G, R, B = Q // K, rows.clean + rows.masks, rows.requests
+    height = min(MAX_ROWS, max(MIN_ROWS, triton.next_power_of_2(R * G)))
+    tiles = triton.cdiv(R * G, height)
+    longest = triton.cdiv(rows.table_BP.shape[1] * T, PART_KEYS)
+    parts = max(1, min(MAX_PARTS, longest, triton.cdiv(PROGRAMS, B * K * tiles)))
+    out_NX = torch.empty((N, Q * D), dtype=qkv_NW.dtype, device=qkv_NW.device)
+    partial, worth = out_NX, out_NX
+    if parts > 1:
+        partial = torch.empty((parts, N, Q, D), dtype=torch.float32, device=qkv_NW.device)
+        worth = torch.empty((parts, N, Q), dtype=torch.float32, device=qkv_NW.device)
+    _attend[(B * K, tiles, parts)](
+        qkv_NW,
         k_NKTD,
         v_NKTD,
-        table_BP,
-        start_B,
-        positions_BR,
-        visible_BRR.view(torch.uint8),
+        rows.table_BP,
+        rows.start_B,
+        rows.positions_BR,
+        rows.visible_BRR.view(torch.uint8),
         partial,
-        weight,
+        worth,
         D**-0.5,
         B,
-        R,
-        *q_BRQD.stride()[:3],
+        rows.clean,
+        rows.masks,
         *k_NKTD.stride()[:3],
-        table_BP.stride(0),
-        positions_BR.stride(0),
+        rows.table_BP.stride(0),
+        rows.positions_BR.stride(0),
         WINDOW=window or 0,
         K=K,
         G=G,
         D=D,
         DIM=max(16, triton.next_power_of_2(D)),
         T=T,
-        ROWS=rows,
-        KEYS=STEP_KEYS,
-        CHUNK=SPLIT_KEYS,
-        ONLY=splits == 1,
+        ROWS=height,
+        KEYS=STEP_KEYS if D <= 128 else STEP_KEYS // 2,
+        SHORTEST=PART_KEYS,
+        PARTS=parts,
+        STEPS=_fixed_steps(rows.table_BP.shape[1] * T),
+        num_warps=4,
+        num_stages=3 if k_NKTD.itemsize == 2 else 2,
     )
-    if splits > 1:
-        _merge[(B * R * Q,)](
+    if parts > 1:
+        slots, dim = triton.next_power_of_2(parts), triton.next_power_of_2(D)
+        _merge[(N * Q,)](
             partial,
-            weight,
-            out_BRQD,
-            B * R * Q,
-            SPLITS=splits,
+            worth,
+            out_NX,
+            N * Q,
+            PARTS=parts,
+            SLOTS=slots,
             D=D,
-            DIM=triton.next_power_of_2(D),
+            DIM=dim,
+            num_warps=max(1, slots * dim // 2048),
         )
-    return out_BRQD
+    return out_NX
+
+
+def _fixed_steps(keys: int) -> int:
+    """Interpreted, a loop cannot end where the kernel says: keys to go over instead, else 0."""
+    return triton.cdiv(keys, STEP_KEYS) * STEP_KEYS if triton.knobs.runtime.interpret else 0
 
 
 @triton.jit
+def _flat(b, r, B, clean, masks):  # type: ignore[no-untyped-def]
+    """Flat index of row ``r`` of request ``b``."""
+    return tl.where(r < clean, b * clean + r, B * clean + b * masks + r - clean)
+
+
+@triton.jit(do_not_specialize=["B", "clean", "masks"])
 def _rotate_and_append(  # type: ignore[no-untyped-def]
     qkv_ptr,
     cos_ptr,
@@ -157,7 +214,9 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
     v_cache_ptr,
     table_ptr,
     start_ptr,
-    R,
+    B,
+    clean,
+    masks,
     eps,
     cache_stride_n,
     cache_stride_h,
@@ -168,48 +227,58 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     D: tl.constexpr,
     T: tl.constexpr,
+    HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """One head of one row."""
+    """Some heads of one row."""
     row = tl.program_id(0)
-    head = tl.program_id(1)
-    lane = tl.arange(0, HALF)
-    real = lane < D // 2
-    first_ptr = qkv_ptr + (row.to(tl.int64) * (Q + 2 * K) + head) * D + lane
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    lane = tl.arange(0, HALF)[None, :]
+    half: tl.constexpr = D // 2
+    real = (head < Q + 2 * K) & (lane < half)
+    rotated = head < Q + K
+    first_ptr = qkv_ptr + row.to(tl.int64) * ((Q + 2 * K) * D) + head * D + lane
     x1 = tl.load(first_ptr, mask=real, other=0.0).to(tl.float32)
-    x2 = tl.load(first_ptr + D // 2, mask=real, other=0.0).to(tl.float32)
-    if head < Q + K:
-        if NORM:
-            shrink = 1.0 / tl.sqrt((tl.sum(x1 * x1, 0) + tl.sum(x2 * x2, 0)) / D + eps)
-            norm_ptr = q_norm_ptr if head < Q else k_norm_ptr
-            x1 *= shrink * tl.load(norm_ptr + lane, mask=real, other=0.0).to(tl.float32)
-            x2 *= shrink * tl.load(norm_ptr + D // 2 + lane, mask=real, other=0.0).to(tl.float32)
-        # The halves of cos are equal; sin carries the sign of its first half.
-        cos = tl.load(cos_ptr + row * D + lane, mask=real, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + row * D + D // 2 + lane, mask=real, other=0.0).to(tl.float32)
-        rotated = x1 * cos - x2 * sin
-        x2 = x2 * cos + x1 * sin
-        x1 = rotated
+    x2 = tl.load(first_ptr + half, mask=real, other=0.0).to(tl.float32)
+    if NORM:
+        squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
+        shrink = (1.0 / tl.sqrt(squares / D + eps))[:, None]
+        in_q, in_k = real & (head < Q), real & (head >= Q) & rotated
+        lanes = lane + 0 * head
+        scale1 = tl.load(q_norm_ptr + lanes, mask=in_q, other=0.0).to(tl.float32)
+        scale1 += tl.load(k_norm_ptr + lanes, mask=in_k, other=0.0).to(tl.float32)
+        scale2 = tl.load(q_norm_ptr + half + lanes, mask=in_q, other=0.0).to(tl.float32)
+        scale2 += tl.load(k_norm_ptr + half + lanes, mask=in_k, other=0.0).to(tl.float32)
+        x1 = tl.where(rotated, x1 * shrink * scale1, x1)
+        x2 = tl.where(rotated, x2 * shrink * scale2, x2)
+    # The halves of cos are equal; sin carries the sign of its first half.
+    cos = tl.load(cos_ptr + row * D + lane, mask=lane < half, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + row * D + half + lane, mask=lane < half, other=0.0).to(tl.float32)
     kind = qkv_ptr.dtype.element_ty
-    if head < Q:
-        tl.store(first_ptr, x1.to(kind), mask=real)
-        tl.store(first_ptr + D // 2, x2.to(kind), mask=real)
-    else:
-        b = row // R
-        index = tl.load(start_ptr + b) + row % R
-        block = tl.load(table_ptr + b * table_stride + index // T).to(tl.int64)
-        cell = block * cache_stride_n + (index % T) * cache_stride_t + lane
-        if head < Q + K:
-            cell_ptr = k_cache_ptr + cell + (head - Q) * cache_stride_h
-        else:
-            cell_ptr = v_cache_ptr + cell + (head - Q - K) * cache_stride_h
-        tl.store(cell_ptr, x1.to(kind), mask=real)
-        tl.store(cell_ptr + D // 2, x2.to(kind), mask=real)
+    y1 = tl.where(rotated, x1 * cos - x2 * sin, x1).to(kind)
+    y2 = tl.where(rotated, x2 * cos + x1 * sin, x2).to(kind)
+    tl.store(first_ptr, y1, mask=real & (head < Q))
+    tl.store(first_ptr + half, y2, mask=real & (head < Q))
+    first_mask = B * clean
+    b = tl.where(row < first_mask, row // tl.maximum(clean, 1), 0)
+    r = row - b * clean
+    if row >= first_mask:
+        b = (row - first_mask) // masks
+        r = clean + (row - first_mask) % masks
+    index = tl.load(start_ptr + b) + r
+    block = tl.load(table_ptr + b * table_stride + index // T).to(tl.int64)
+    cell = block * cache_stride_n + (index % T) * cache_stride_t + lane
+    k_cell_ptr = k_cache_ptr + cell + (head - Q) * cache_stride_h
+    tl.store(k_cell_ptr, y1, mask=real & (head >= Q) & rotated)
+    tl.store(k_cell_ptr + half, y2, mask=real & (head >= Q) & rotated)
+    v_cell_ptr = v_cache_ptr + cell + (head - Q - K) * cache_stride_h
+    tl.store(v_cell_ptr, y1, mask=real & (head >= Q + K))
+    tl.store(v_cell_ptr + half, y2, mask=real & (head >= Q + K))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "clean", "masks"])
 def _attend(  # type: ignore[no-untyped-def]
-    q_ptr,
+    qkv_ptr,
     k_cache_ptr,
     v_cache_ptr,
     table_ptr,
@@ -217,13 +286,11 @@ def _attend(  # type: ignore[no-untyped-def]
     positions_ptr,
     visible_ptr,
     out_ptr,
-    weight_ptr,
+    worth_ptr,
     scale,
     B,
-    R,
-    q_stride_b,
-    q_stride_r,
-    q_stride_h,
+    clean,
+    masks,
     cache_stride_n,
     cache_stride_h,
     cache_stride_t,
@@ -237,27 +304,29 @@ def _attend(  # type: ignore[no-untyped-def]
     T: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ONLY: tl.constexpr,
+    SHORTEST: tl.constexpr,
+    PARTS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """One KV head of one request: a tile of packed rows over one chunk of the keys."""
+    """One KV head of one request: a tile of packed rows over one part of the keys."""
     b = tl.program_id(0) // K
     head = tl.program_id(0) % K
-    split = tl.program_id(2)
+    part = tl.program_id(2)
+    R = clean + masks
     packed = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row = packed // G
     query_head = head * G + packed % G
     real_row = row < R
+    flat = _flat(b, tl.minimum(row, R - 1), B, clean, masks).to(tl.int64)
     dims = tl.arange(0, DIM)
     real_dim = dims < D
-    start = tl.load(start_ptr + b)
-    end = tl.minimum(start + R, (split + 1) * CHUNK)
+    start = tl.load(start_ptr + b).to(tl.int32)
+    # Parts of equal length, but none is short: a short text has fewer of them.
+    length = tl.maximum(tl.cdiv(tl.cdiv(start + R, PARTS), KEYS) * KEYS, SHORTEST)
+    first = part * length
+    end = tl.minimum(start + R, first + length)
     q = tl.load(
-        q_ptr
-        + b * q_stride_b
-        + row[:, None] * q_stride_r
-        + query_head[:, None] * q_stride_h
-        + dims[None, :],
+        qkv_ptr + flat[:, None] * ((K * G + 2 * K) * D) + query_head[:, None] * D + dims[None, :],
         mask=real_row[:, None] & real_dim[None, :],
         other=0.0,
     )
@@ -266,9 +335,9 @@ def _attend(  # type: ignore[no-untyped-def]
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, DIM], tl.float32)
-    # A fixed number of steps, masked: the interpreter cannot loop to a bound it has loaded.
-    for step in range(0, CHUNK, KEYS):
-        keys = split * CHUNK + step + tl.arange(0, KEYS)
+    # Interpreted, the loop goes on to a fixed end and masks what is too much.
+    for step in tl.range(0, STEPS if STEPS else end - first, KEYS):
+        keys = first + step + tl.arange(0, KEYS)
         there = keys < end
         block = tl.load(table_ptr + b * table_stride + keys // T, mask=there, other=0)
         cell = block.to(tl.int64) * cache_stride_n + head * cache_stride_h
@@ -306,47 +375,47 @@ def _attend(  # type: ignore[no-untyped-def]
         out = out * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
-    place = (split * B + b) * R + row
-    place = place.to(tl.int64) * (K * G) + query_head
-    # log-sum-exp of the chunk's scores: what its share is worth.
-    worth = tl.where(total > 0.0, top + tl.log(tl.where(total > 0.0, total, 1.0)), float("-inf"))
-    tl.store(weight_ptr + place, worth, mask=real_row)
-    # Nobody reads the share of a chunk that is worth nothing, unless it is the only one.
-    written = real_row & ((total > 0.0) | ONLY)
+    place = flat * (K * G) + query_head
+    if PARTS > 1:
+        rows_in_all = (B * R).to(tl.int64) * (K * G)
+        place += part * rows_in_all
+        # log-sum-exp of the part's scores: what its share is worth.
+        positive = tl.where(total > 0.0, total, 1.0)
+        worth = tl.where(total > 0.0, top + tl.log(positive), float("-inf"))
+        tl.store(worth_ptr + place, worth, mask=real_row)
+        # Nobody reads the share of a part that is worth nothing.
+        real_row = real_row & (total > 0.0)
     tl.store(
         out_ptr + place[:, None] * D + dims[None, :],
         out.to(out_ptr.dtype.element_ty),
-        mask=written[:, None] & real_dim[None, :],
+        mask=real_row[:, None] & real_dim[None, :],
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _merge(  # type: ignore[no-untyped-def]
     partial_ptr,
-    weight_ptr,
+    worth_ptr,
     out_ptr,
     N,
-    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SLOTS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """One output row from the chunks' shares."""
+    """One output row from the shares of the parts."""
     n = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, DIM)
-    real = dims < D
-    top = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    out = tl.zeros([DIM], tl.float32)
-    for split in range(0, SPLITS):
-        worth = tl.load(weight_ptr + split * N + n)
-        higher = tl.maximum(top, worth)
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        share = tl.exp(worth - safe)
-        fade = tl.exp(top - safe)
-        there = real & (worth + tl.zeros([DIM], tl.float32) > float("-inf"))
-        part = tl.load(partial_ptr + (split * N + n) * D + dims, mask=there, other=0.0)
-        total = total * fade + share
-        out = out * fade + share * part
-        top = higher
-    out = out / tl.where(total > 0.0, total, 1.0)
-    tl.store(out_ptr + n * D + dims, out.to(out_ptr.dtype.element_ty), mask=real)
+    parts = tl.arange(0, SLOTS)
+    worth = tl.load(worth_ptr + parts.to(tl.int64) * N + n, mask=parts < PARTS, other=float("-inf"))
+    top = tl.max(worth, 0)
+    share = tl.exp(worth - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(share, 0)
+    there = (worth > float("-inf"))[:, None] & (dims < D)[None, :]
+    partial = tl.load(
+        partial_ptr + (parts[:, None].to(tl.int64) * N + n) * D + dims[None, :],
+        mask=there,
+        other=0.0,
+    )
+    out = tl.sum(partial * share[:, None], 0) / tl.where(total > 0.0, total, 1.0)
+    tl.store(out_ptr + n * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)

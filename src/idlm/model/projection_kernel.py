@@ -1,23 +1,24 @@
 """Triton kernel of a projection in a decoder layer: all that happens between two of its inputs.
 
-One launch computes ``y = f(x) W^T`` for all rows and ``+ (f(x) A^T) B^T`` for the mask rows; ``f``
-is nothing, the RMS norm before the projection, or the SwiGLU before it, and the residual stream is
-added on the way out. Every program needs ``f(x) A^T`` of its rows and makes it beside its part of
-the base product, from the same tiles of ``x``: no second launch, no pass over ``y``, and A is read
-from the cache on the chip.
+One launch computes ``y = f(x) W^T`` for all rows and ``+ (f(x) A^T) B^T`` for the mask rows, which
+come last; ``f`` is nothing or the RMS norm before the projection. On the way out, the residual
+stream is added, or the two halves of a gated MLP become one.
+
+The first programs make ``z = f(x) A^T`` of the mask rows, once; the others make a tile of the base
+product each, and those that hold mask rows wait at their very end for ``z``, which has long been
+there. So clean rows pay nothing, and there is neither a second launch nor a second pass over ``y``.
 """
 
 # No deferred annotations here: Triton reads them.
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 
-# Rows, outputs and inputs of a tile; the matrix units want 16 rows at least.
-MIN_ROWS, MAX_ROWS = 16, 64
-INPUTS = 64
-OUTPUTS = 32
+# The matrix units want 16 rows at least.
+MIN_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LowRank:
     Attributes:
         A_ZI: ``rank`` rows for each module, one module after the other.
         B_OZ: ``[O, rank]``, the modules one after the other, times the update's scale.
-        modules: output width of each module, multiples of `OUTPUTS` but for the last.
+        modules: output width of each module.
     """
 
     A_ZI: torch.Tensor
@@ -35,70 +36,151 @@ class LowRank:
     modules: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut: rows, outputs and inputs of a program's step; warps and stages."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+def tile_of(rows: int, outputs: int, inputs: int, modules: tuple[int, ...], wide: bool) -> Tile:
+    """The tile for a product of so many rows, outputs and inputs (``wide``: of fp32).
+
+    All outputs of a tile belong to one module.
+    """
+    height = min(64, max(MIN_ROWS, triton.next_power_of_2(rows)))
+    width = 64 if outputs >= 8192 or height > 32 else 32
+    if height == MIN_ROWS and outputs < 2048:
+        width = 16
+    if len(modules) > 1:
+        width = min(width, gcd(*modules) & -gcd(*modules))
+    return Tile(height, width, 64 if wide or inputs % 128 else 128, 4, 4)
+
+
 def project(
-    x_BRI: torch.Tensor,
+    x_NI: torch.Tensor,
     weight_OI: torch.Tensor,
     bias_O: torch.Tensor | None = None,
     *,
     low_rank: LowRank | None = None,
-    num_masks: int = 0,
+    first_mask: int = 0,
+    ready_1: torch.Tensor | None = None,
     norm_I: torch.Tensor | None = None,
     eps: float = 0.0,
-    swiglu: bool = False,
-    residual_BRO: torch.Tensor | None = None,
+    gated: bool = False,
+    residual_NO: torch.Tensor | None = None,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
-    """``f(x) @ weight.T + bias``, with the update on the last ``num_masks`` rows of each request.
+    """``f(x) @ weight.T + bias``, with the update on the rows from ``first_mask``.
 
     Args:
-        x_BRI: rows of each request, dense; of one dtype with all else. ``[B, R, 2 * I]``, gate
-            first, with ``swiglu``.
+        x_NI: dense; of one dtype with all else.
+        ready_1: one int32 that is 0 and is used up; None: a new one.
         norm_I: weight of the RMS norm of ``x``; None: none.
-        residual_BRO: added to the result and overwritten by it.
+        gated: the outputs are gate and up; the result is ``silu(gate) * up``, ``[N, O / 2]``.
+        residual_NO: added to the result and overwritten by it.
     Returns:
-        ``[B, R, O]``; sums are made in fp32 and rounded once.
+        ``[N, O]``; sums are made in fp32 and rounded once.
     """
-    B, R, _ = x_BRI.shape
-    O, I = weight_OI.shape  # noqa: E741
-    y_BRO = residual_BRO
-    if y_BRO is None:
-        y_BRO = torch.empty((B, R, O), dtype=x_BRI.dtype, device=x_BRI.device)
-    updates = low_rank is not None and num_masks > 0
-    rank, modules = (low_rank.B_OZ.shape[1], low_rank.modules) if low_rank else (1, (O,))
-    rows = min(MAX_ROWS, max(MIN_ROWS, triton.next_power_of_2(B * R)))
+    N, (O, I) = len(x_NI), weight_OI.shape  # noqa: E741
+    y_NO = residual_NO
+    if y_NO is None:
+        y_NO = torch.empty((N, O // 2 if gated else O), dtype=x_NI.dtype, device=x_NI.device)
+    modules = low_rank.modules if low_rank and not gated else (O,)
+    tile = tile or tile_of(N, O, I, modules, x_NI.itemsize > 2)
+    masks = N - first_mask if low_rank else 0
+    row_tiles, makers, z_MZ = triton.cdiv(N, tile.rows), 0, y_NO
+    if low_rank and masks:
+        Z = len(low_rank.A_ZI)
+        makers = triton.cdiv(masks, tile.rows) * triton.cdiv(Z, tile.outputs)
+        z_MZ = torch.empty((masks, Z), dtype=x_NI.dtype, device=x_NI.device)
+    if ready_1 is None:
+        ready_1 = torch.zeros(1, dtype=torch.int32, device=x_NI.device)
+    rank = low_rank.B_OZ.shape[1] if low_rank else 1
     # Where the second and third module begin; one that is not there begins behind the end.
     second = modules[0] if len(modules) > 1 else O
     third = second + modules[1] if len(modules) > 2 else O
-    _project[(triton.cdiv(O, OUTPUTS), triton.cdiv(B * R, rows))](
-        x_BRI,
+    _project[(makers + row_tiles * triton.cdiv(O, tile.outputs),)](
+        x_NI,
         weight_OI,
         weight_OI if bias_O is None else bias_O,
         low_rank.A_ZI if low_rank else weight_OI,
         low_rank.B_OZ if low_rank else weight_OI,
         weight_OI if norm_I is None else norm_I,
-        y_BRO,
-        B * R,
-        R,
-        R - num_masks,
-        second,
-        third,
+        y_NO,
+        z_MZ,
+        ready_1,
+        N,
+        first_mask,
+        makers,
         eps,
+        SECOND=second,
+        THIRD=third,
         BIAS=bias_O is not None,
-        UPDATE=updates,
+        UPDATE=makers > 0,
         NORM=norm_I is not None,
-        SWIGLU=swiglu,
-        RESIDUAL=residual_BRO is not None,
+        GATED=gated,
+        RESIDUAL=residual_NO is not None,
         I=I,
         O=O,
         RANK=rank,
-        Z=max(16, triton.next_power_of_2(rank)),
-        ROWS=rows,
-        OUTPUTS=OUTPUTS,
-        INPUTS=INPUTS,
+        Z=z_MZ.shape[1],
+        RANKS=max(16, triton.next_power_of_2(rank)),
+        ROWS=tile.rows,
+        OUTPUTS=tile.outputs,
+        INPUTS=tile.inputs,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
-    return y_BRO
+    return y_NO
 
 
 @triton.jit
+def _product(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weight_ptr,
+    norm_ptr,
+    rows,
+    outputs,
+    eps,
+    NORM: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """``f(x) weight^T`` of these rows and outputs, fp32."""
+    x_rows_ptr = x_ptr + rows[:, None].to(tl.int64) * I
+    weight_rows_ptr = weight_ptr + outputs[None, :].to(tl.int64) * I
+    y = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    squares = tl.zeros([ROWS], tl.float32)
+    for first in tl.range(0, I, INPUTS):
+        inputs = first + tl.arange(0, INPUTS)
+        if I % INPUTS == 0:
+            x = tl.load(x_rows_ptr + inputs[None, :])
+            weight = tl.load(weight_rows_ptr + inputs[:, None])
+        else:
+            x = tl.load(x_rows_ptr + inputs[None, :], mask=(inputs < I)[None, :], other=0.0)
+            weight = tl.load(
+                weight_rows_ptr + inputs[:, None], mask=(inputs < I)[:, None], other=0.0
+            )
+        if NORM:
+            wide = x.to(tl.float32)
+            scale = tl.load(norm_ptr + inputs, mask=inputs < I, other=0.0).to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            x = (wide * scale[None, :]).to(x_ptr.dtype.element_ty)
+        y = tl.dot(x, weight, y, input_precision="ieee")
+    if NORM:
+        # What all inputs of a row are divided by can wait until they are summed up.
+        y = y * (1.0 / tl.sqrt(squares / I + eps))[:, None]
+    return y
+
+
+@triton.jit(do_not_specialize=["N", "first_mask", "makers"])
 def _project(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
@@ -107,83 +189,117 @@ def _project(  # type: ignore[no-untyped-def]
     B_ptr,
     norm_ptr,
     y_ptr,
+    z_ptr,
+    ready_ptr,
     N,
-    R,
     first_mask,
-    second,
-    third,
+    makers,
     eps,
+    SECOND: tl.constexpr,
+    THIRD: tl.constexpr,
     BIAS: tl.constexpr,
     UPDATE: tl.constexpr,
     NORM: tl.constexpr,
-    SWIGLU: tl.constexpr,
+    GATED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     O: tl.constexpr,  # noqa: E741
     RANK: tl.constexpr,
     Z: tl.constexpr,
+    RANKS: tl.constexpr,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """A tile of rows and outputs."""
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    outputs = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    ranks = tl.arange(0, Z)
-    real_row, real_output, real_rank = rows < N, outputs < O, ranks < RANK
-    x_rows_ptr = x_ptr + rows[:, None].to(tl.int64) * (2 * I if SWIGLU else I)
-    if NORM:
-        squares = tl.zeros([ROWS], tl.float32)
-        for first in range(0, I, INPUTS):
-            inputs = first + tl.arange(0, INPUTS)
-            there = real_row[:, None] & (inputs < I)[None, :]
-            x = tl.load(x_rows_ptr + inputs[None, :], mask=there, other=0.0).to(tl.float32)
-            squares += tl.sum(x * x, 1)
-        shrink = 1.0 / tl.sqrt(squares / I + eps)
-    if UPDATE:
-        # All outputs of a tile belong to one module.
-        module = (tl.program_id(0) * OUTPUTS >= second).to(tl.int32)
-        module += (tl.program_id(0) * OUTPUTS >= third).to(tl.int32)
-        z = tl.zeros([ROWS, Z], tl.float32)
-    y = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    for first in range(0, I, INPUTS):
-        inputs = first + tl.arange(0, INPUTS)
-        real_input = inputs < I
-        there = real_row[:, None] & real_input[None, :]
-        x = tl.load(x_rows_ptr + inputs[None, :], mask=there, other=0.0)
-        if NORM:
-            scale = tl.load(norm_ptr + inputs, mask=real_input, other=0.0).to(tl.float32)
-            x = (x.to(tl.float32) * shrink[:, None] * scale[None, :]).to(x_ptr.dtype.element_ty)
-        if SWIGLU:
-            up = tl.load(x_rows_ptr + I + inputs[None, :], mask=there, other=0.0).to(tl.float32)
-            gate = x.to(tl.float32)
-            x = (gate / (1.0 + tl.exp(-gate)) * up).to(x_ptr.dtype.element_ty)
-        weight = tl.load(
-            weight_ptr + outputs[None, :].to(tl.int64) * I + inputs[:, None],
-            mask=real_output[None, :] & real_input[:, None],
-            other=0.0,
+    """A tile of ``z``, then a tile of ``y``."""
+    program = tl.program_id(0)
+    # A row or output that is not there stands for the last one; what it gives is not stored.
+    if program < makers:
+        mask_tiles = tl.cdiv(N - first_mask, ROWS)
+        masks = (program % mask_tiles) * ROWS + tl.arange(0, ROWS)
+        ranks = (program // mask_tiles) * OUTPUTS + tl.arange(0, OUTPUTS)
+        rows = tl.minimum(first_mask + masks, N - 1)
+        z = _product(
+            x_ptr,
+            A_ptr,
+            norm_ptr,
+            rows,
+            tl.minimum(ranks, Z - 1),
+            eps,
+            NORM,
+            I,
+            ROWS,
+            OUTPUTS,
+            INPUTS,
         )
-        y = tl.dot(x, weight, y, input_precision="ieee")
-        if UPDATE:
-            A = tl.load(
-                A_ptr + (module * RANK + ranks[None, :]) * I + inputs[:, None],
-                mask=real_rank[None, :] & real_input[:, None],
-                other=0.0,
-            )
-            z = tl.dot(x, A, z, input_precision="ieee")
-    if UPDATE:
-        B = tl.load(
-            B_ptr + outputs[None, :] * RANK + ranks[:, None],
-            mask=real_output[None, :] & real_rank[:, None],
-            other=0.0,
+        there = (first_mask + masks < N)[:, None] & (ranks < Z)[None, :]
+        tl.store(
+            z_ptr + masks[:, None] * Z + ranks[None, :], z.to(z_ptr.dtype.element_ty), mask=there
         )
-        masked = real_row & (rows % R >= first_mask)
-        z = tl.where(masked[:, None], z, 0.0).to(B.dtype)
-        y = tl.dot(z, B, y, input_precision="ieee")
-    if BIAS:
-        y += tl.load(bias_ptr + outputs, mask=real_output, other=0.0).to(tl.float32)[None, :]
-    y_tile_ptr = y_ptr + rows[:, None].to(tl.int64) * O + outputs[None, :]
-    written = real_row[:, None] & real_output[None, :]
-    if RESIDUAL:
-        y += tl.load(y_tile_ptr, mask=written, other=0.0).to(tl.float32)
-    tl.store(y_tile_ptr, y.to(y_ptr.dtype.element_ty), mask=written)
+        # All threads have stored before one of them says so.
+        tl.debug_barrier()
+        tl.atomic_add(ready_ptr, 1, sem="release")
+    else:
+        row_tiles = tl.cdiv(N, ROWS)
+        first_row = ((program - makers) % row_tiles) * ROWS
+        tile = (program - makers) // row_tiles
+        rows = first_row + tl.arange(0, ROWS)
+        if GATED:
+            # A tile holds gate and up of the same outputs, one beside the other.
+            pair = tl.arange(0, OUTPUTS)
+            outputs = tile * (OUTPUTS // 2) + pair // 2 + (pair % 2) * (O // 2)
+        else:
+            outputs = tile * OUTPUTS + tl.arange(0, OUTPUTS)
+        safe_outputs = tl.minimum(outputs, O - 1)
+        y = _product(
+            x_ptr,
+            weight_ptr,
+            norm_ptr,
+            tl.minimum(rows, N - 1),
+            safe_outputs,
+            eps,
+            NORM,
+            I,
+            ROWS,
+            OUTPUTS,
+            INPUTS,
+        )
+        if UPDATE:  # noqa: SIM102  # a constant: without updates the rest is not compiled
+            if first_row + ROWS > first_mask:
+                while tl.atomic_add(ready_ptr, 0, sem="acquire") < makers:
+                    pass
+                ranks = tl.arange(0, RANKS)
+                masks = rows - first_mask
+                masked = (masks >= 0) & (rows < N)
+                z_rows_ptr = z_ptr + masks[:, None] * Z + ranks[None, :]
+                real_z = masked[:, None] & (ranks < RANK)[None, :]
+                B = tl.load(
+                    B_ptr + safe_outputs[None, :] * RANK + ranks[:, None],
+                    mask=(ranks < RANK)[:, None],
+                    other=0.0,
+                )
+                if GATED:
+                    gate = (tl.arange(0, OUTPUTS) % 2 == 0)[None, :]
+                    z = tl.load(z_rows_ptr, mask=real_z, other=0.0)
+                    y = tl.dot(z, tl.where(gate, B, 0.0), y, input_precision="ieee")
+                    z = tl.load(z_rows_ptr + RANK, mask=real_z, other=0.0)
+                    y = tl.dot(z, tl.where(gate, 0.0, B), y, input_precision="ieee")
+                else:
+                    module = (tile * OUTPUTS >= SECOND).to(tl.int32)
+                    module += (tile * OUTPUTS >= THIRD).to(tl.int32)
+                    z = tl.load(z_rows_ptr + module * RANK, mask=real_z, other=0.0)
+                    y = tl.dot(z, B, y, input_precision="ieee")
+        if BIAS:
+            y += tl.load(bias_ptr + safe_outputs).to(tl.float32)[None, :]
+        if GATED:
+            gate, up = tl.split(tl.reshape(y, [ROWS, OUTPUTS // 2, 2]))
+            y = gate / (1.0 + tl.exp(-gate)) * up
+            outputs = tile * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+            width = O // 2
+        else:
+            width = O
+        y_tile_ptr = y_ptr + rows[:, None].to(tl.int64) * width + outputs[None, :]
+        written = (rows < N)[:, None] & (outputs < width)[None, :]
+        if RESIDUAL:
+            y += tl.load(y_tile_ptr, mask=written, other=0.0).to(tl.float32)
+        tl.store(y_tile_ptr, y.to(y_ptr.dtype.element_ty), mask=written)
