@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from idlm.errors import InvalidRequestError
 from idlm.model.checkpoint import load_decoder
 from idlm.model.decoder import Decoder
+from idlm.training import conversion
 from idlm.training.conversion import Conversion, FullConversion, LosslessConversion
 from idlm.training.data import Corpus
 from idlm.training.parallel import Parallel, torchrun
@@ -30,17 +31,17 @@ def train(model: Path, data: Path, out: Path, parallel: Parallel, steps: int = 8
     documents, heldout = (Corpus.read(data, split) for split in ("train", "heldout"))
     for config in (SETTINGS, FULL_SETTINGS):
         decoder = load_decoder(model, device="cpu", dtype=torch.float32)
-        conversion: Conversion
+        converting: Conversion
         if config.kind == "lossless":
-            conversion = LosslessConversion(decoder, config, "tiny", parallel)
+            converting = LosslessConversion(decoder, config, "tiny", parallel)
         else:
-            conversion = FullConversion(
+            converting = FullConversion(
                 *(decoder, config, "tiny", parallel),
                 dtype=torch.float32,
                 mask_token_id=0,
                 source=model,
             )
-        trainer = Trainer(conversion, documents, heldout, config, out / config.kind, parallel)
+        trainer = Trainer(converting, documents, heldout, config, out / config.kind, parallel)
         trainer.resume()
         if steps == 8:
             trainer.run()
@@ -55,8 +56,9 @@ def worker(rank: int, port: int, model: Path, data: Path, whole: Path, part: Pat
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     with torchrun(torch.device("cpu")) as parallel:
-        train(model, data, whole, parallel)
         train(model, data, part, parallel, steps=4)
+        conversion.SPREAD_ABOVE = 0.0  # the frozen weights too
+        train(model, data, whole, parallel)
 
 
 def test_two_processes_equal_one(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -90,9 +92,9 @@ def test_two_processes_equal_one(model_dir: Path, data_dir: Path, tmp_path: Path
 
 def test_batch_that_cannot_be_shared(decoder: Decoder, data_dir: Path) -> None:
     documents, heldout = (Corpus.read(data_dir, split) for split in ("train", "heldout"))
-    conversion = LosslessConversion(decoder, SETTINGS, "tiny")
+    converting = LosslessConversion(decoder, SETTINGS, "tiny")
     with pytest.raises(InvalidRequestError, match="multiple of 6"):
-        Trainer(conversion, documents, heldout, SETTINGS, None, Parallel(0, 3))
+        Trainer(converting, documents, heldout, SETTINGS, None, Parallel(0, 3))
 
 
 def test_single_process_needs_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

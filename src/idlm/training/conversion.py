@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import psutil
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -19,6 +20,9 @@ from idlm.training.lossless import LosslessObjective
 from idlm.training.objective import Objective
 from idlm.training.optimizer import Group, MasterAdamW, Optimizer
 from idlm.training.parallel import ALONE, Parallel, shard
+
+# Gathering the layers of a small model takes longer than running them.
+SPREAD_ABOVE = 0.2
 
 
 class Conversion(Protocol):
@@ -50,8 +54,8 @@ class Conversion(Protocol):
 class LosslessConversion:
     """An adapter for a frozen decoder.
 
-    With several processes the decoder's weights are spread over them, and each holds the whole
-    adapter.
+    Each of several processes holds the whole adapter, and the decoder's weights too unless they
+    take more than `SPREAD_ABOVE` of its memory: then these are spread over the processes.
 
     Args:
         decoder: the base model on its device, in the dtype to compute in.
@@ -92,7 +96,7 @@ class LosslessConversion:
         self.parameters = sum(p.numel() for p in adapter.parameters())
         self.adapter = adapter.to(device=self.device, dtype=decoder.embed.weight.dtype)
         self.objective: Objective = LosslessObjective(decoder, self.adapter, config)
-        if parallel.world > 1:
+        if parallel.world > 1 and _share_of_memory(decoder) > SPREAD_ABOVE:
             shard(decoder, parallel.mesh(self.device), decoder.embed.weight.dtype)
         self.optimizer: Optimizer = MasterAdamW(self.adapter, config, parallel)
 
@@ -190,6 +194,16 @@ def _fill(adapter: Adapter, folder: Path, decoder: Decoder) -> None:
                 f"--{name.replace('_', '-')} as it has it, or train a new one."
             )
     adapter.load_state_dict(given.state_dict())
+
+
+def _share_of_memory(decoder: Decoder) -> float:
+    """Share of its device's memory that the weights take."""
+    device = decoder.embed.weight.device
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = psutil.virtual_memory().total
+    return sum(p.numel() * p.element_size() for p in decoder.parameters()) / total
 
 
 def _token_scale(decoder: Decoder) -> float:
