@@ -12,7 +12,7 @@ from idlm.model.adapter import Adapter
 from idlm.model.cpu_head import greedy_chain
 from idlm.model.decoder import Decoder
 
-CANDIDATES = 256
+CANDIDATES = 1024
 
 
 def propose(
