@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from idlm.decoding.layout import Layout, row_tables
+from idlm.model import overlap, projection_kernel
 from idlm.model.adapter import Adapter, AdapterConfig
 from idlm.model.attention import PagedAttention, grouped_attention, visibility_bias
 from idlm.model.config import ModelConfig, RopeConfig
@@ -33,6 +34,7 @@ from idlm.model.projection_kernel import LowRank, Tile, project
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 COLD_BYTES = 400e6  # several times the L2 cache
 BLOCK = 16
+BATCHES: list[int] = []
 Report = Callable[..., None]
 FORWARDS = {"ar": Layout.named("ar", 1), "linear4": Layout.named("linear", 4)}
 FORWARDS["quadratic4"] = Layout.named("quadratic", 4)
@@ -63,6 +65,7 @@ RANK = {"135M": 24, "8B": 128}
 
 def microseconds(run: Callable[[], object], calls: int = 1, repeats: int = 15) -> float:
     """Median time of ``run``, which makes ``calls`` calls, by call, as a captured graph."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         run()
@@ -298,7 +301,7 @@ def time_layers(model: str, report: Report, deadline: float, bandwidth: float) -
     shape = (c.num_layers, most * P + 1, c.num_kv_heads, BLOCK, c.head_dim)
     k, v = (torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(2))
     table = (torch.randperm(most * P, device=DEVICE) + 1).view(most, P).int()
-    for batch in (1, 16, 64):
+    for batch in BATCHES:
         for name, layout in FORWARDS.items():
             rows = rows_of(layout, batch, context, table[:batch])
             tokens = torch.randint(c.vocab_size, (batch, layout.stride), device=DEVICE)
@@ -339,6 +342,28 @@ def time_layers(model: str, report: Report, deadline: float, bandwidth: float) -
                 line["floor_us"] = weight_bytes / bandwidth * 1e6
                 line["seconds_to_make"] = time.monotonic() - began
                 report(line)
+                if batch in (1, 64):
+                    profile(f"{model} {name} {batch} {adapted}", forward)
+
+
+def profile(title: str, run: Callable[[], object]) -> None:
+    """Print what the kernels of a captured ``run`` take."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize()
+    averages = sorted(profiler.key_averages(), key=lambda a: -a.self_device_time_total)
+    parts = [
+        f"{a.key[:28]} {a.count // 3}x{a.self_device_time_total / a.count:.2f}"
+        for a in averages[:9]
+    ]
+    print("   profile", title, "|", "; ".join(parts), flush=True)
 
 
 def without_updates(adapter: Adapter) -> Adapter:
@@ -353,6 +378,17 @@ def without_updates(adapter: Adapter) -> Adapter:
     return bare.freeze()
 
 
+def time_without_overlap(report: Report) -> None:
+    """What it brings that kernels are set up early."""
+    x, w = torch.randn(16, 576, device=DEVICE, dtype=DTYPE), torch.randn(100, 960, 576)
+    weights = w.to(DEVICE, DTYPE)
+    for early in (True, False):
+        projection_kernel.overlaps = lambda: early  # type: ignore[assignment]  # noqa: B023
+        time_us = microseconds(lambda: [project(x, w) for w in weights], 100)
+        report({"what": "overlap", "early": early, "us": time_us})
+    projection_kernel.overlaps = overlap.overlaps
+
+
 def copy_bandwidth() -> float:
     """Bytes per second of a large copy, counted read and written."""
     a = torch.randn(1 << 30, device=DEVICE, dtype=torch.bfloat16)
@@ -365,6 +401,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--batches", default="1,16,64", help="of the layers")
+    parser.add_argument("--sections", default="overlap,135M,8B,attention,projections")
     parser.add_argument("--compilers", type=int, default=14, help="processes that compile")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -382,25 +420,29 @@ def main() -> None:
         if args.output:
             args.output.write_text(json.dumps(lines))
 
-    workers = [
-        subprocess.Popen([sys.executable, __file__, "--share", str(i)])
-        for i in range(args.compilers)
-    ]
-    for worker in workers:
-        worker.wait(timeout=max(end - time.monotonic(), 1))
-    print("compiled", round(end - time.monotonic(), 1), "s left", flush=True)
+    names = args.sections.split(",")
+    if "projections" in names:
+        workers = [
+            subprocess.Popen([sys.executable, __file__, "--share", str(i)])
+            for i in range(args.compilers)
+        ]
+        for worker in workers:
+            worker.wait(timeout=max(end - time.monotonic(), 1))
+        print("compiled", round(end - time.monotonic(), 1), "s left", flush=True)
     bandwidth = copy_bandwidth()
     report({"what": "copy", "GBps": bandwidth / 1e9, "device": torch.cuda.get_device_name()})
-    left = end - time.monotonic()
-    sections: list[tuple[Callable[..., None], float]] = [
-        (lambda until: time_layers("135M", report, until, bandwidth), 0.25),
-        (lambda until: time_layers("8B", report, until, bandwidth), 0.5),
-        (lambda until: time_attention(report, until), 0.7),
-        (lambda until: time_projections(report, until), 1.0),
-    ]
-    for section, share in sections:
+    BATCHES[:] = map(int, args.batches.split(","))
+    sections: dict[str, Callable[[float], None]] = {
+        "overlap": lambda until: time_without_overlap(report),
+        "135M": lambda until: time_layers("135M", report, until, bandwidth),
+        "8B": lambda until: time_layers("8B", report, until, bandwidth),
+        "attention": lambda until: time_attention(report, until),
+        "projections": lambda until: time_projections(report, until),
+    }
+    for done, name in enumerate(names):
+        left = end - time.monotonic()
         try:
-            section(end - left * (1 - share))
+            sections[name](time.monotonic() + left / (len(names) - done))
         except Exception:
             traceback.print_exc()
         torch.cuda.empty_cache()

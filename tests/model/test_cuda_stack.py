@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from idlm.model import cuda_stack
+from idlm.model import cuda_head, cuda_stack
 from idlm.model.attention import PagedAttention
 from tests.support.paged import block_table, contiguous, paged
 from tests.support.random_model import random_adapter, random_config, random_decoder
@@ -25,9 +28,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("fused_rows", [0, 1000])
-@pytest.mark.parametrize(("clean", "masks", "adapted"), [(1, 0, False), (4, 3, True), (2, 6, True)])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "clean", "masks", "adapted", "fused_rows"),
+    [
+        ("llama", 1, 0, False, 1000),
+        ("llama", 2, 6, True, 1000),
+        ("biases", 4, 3, True, 0),
+        ("biases", 4, 3, True, 1000),
+        ("qk norm, window", 4, 3, True, 1000),
+    ],
+)
 @torch.inference_mode()
 def test_is_the_layers(
     shape: str,
@@ -37,7 +47,7 @@ def test_is_the_layers(
     fused_rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda_stack, "FUSED_ROWS", fused_rows)
+    monkeypatch.setattr(cuda_stack, "FUSED_ROWS_SMALL", fused_rows)
     config = random_config(**SHAPES[shape])
     decoder = random_decoder(config).to(DEVICE)
     for name, parameter in decoder.named_parameters():
@@ -77,3 +87,32 @@ def test_is_the_layers(
             for c in (caches, expected_caches)
         )
         torch.testing.assert_close(written, expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.inference_mode()
+def test_head() -> None:
+    config = random_config()
+    decoder, adapter = random_decoder(config).to(DEVICE), random_adapter(config).to(DEVICE)
+    head = adapter.head
+    assert head is not None
+    projected_BMW = torch.randn(5, 3, head.from_token.out_features, device=DEVICE)
+    token_BH, state_BH = torch.randn(2, 5, config.hidden_size, device=DEVICE).unbind()
+    place = projected_BMW[:, 1]
+    expected = head.cpu().step(place.cpu(), token_BH.cpu(), state_BH.cpu())
+    actual = cuda_head.step(head.to(DEVICE), place, token_BH, state_BH)
+    torch.testing.assert_close(actual.cpu(), expected, atol=1e-4, rtol=1e-3)
+    ids_BMK = torch.randint(config.vocab_size, (5, 3, 21), device=DEVICE)
+    scores_BK = cuda_head.score(actual, decoder.output_weight, ids_BMK[:, 1])
+    expected = F.linear(actual, decoder.output_weight).gather(1, ids_BMK[:, 1])
+    torch.testing.assert_close(scores_BK, expected, atol=1e-4, rtol=1e-3)
+
+
+@given(vocab_size=st.integers(9, 100), groups=st.integers(1, 9), seed=st.integers(0, 99))
+def test_candidates(vocab_size: int, groups: int, seed: int) -> None:
+    logits_BV = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(seed))
+    ids_BK = cuda_head.best_of_groups(logits_BV, groups)
+    assert (ids_BK == logits_BV.argmax(-1, keepdim=True)).any(-1).all()
+    for ids, logits_V in zip(ids_BK.tolist(), logits_BV, strict=True):
+        assert len(set(ids)) == groups and max(ids) < vocab_size
+        for token in ids:
+            assert logits_V[token] == logits_V[token % groups :: groups].max()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from idlm.errors import AdapterMismatchError, CheckpointError
-from idlm.model import cpu_kernels
+from idlm.model import cpu_kernels, cuda_head
 from idlm.model.config import ModelConfig
 from idlm.model.files import write_json, write_safetensors
 from idlm.model.peft_config import PEFT_CONFIG_FILE, PeftConfig
@@ -153,6 +153,8 @@ class SamplerHead(nn.Module):
         self, projected_BW: torch.Tensor, token_BH: torch.Tensor, state_BH: torch.Tensor
     ) -> torch.Tensor:
         """The state ``s_j`` from place ``j``'s projection, ``e(x_{j-1})`` and ``s_{j-1}``."""
+        if not torch.is_grad_enabled() and cuda_head.takes(token_BH, self.from_token.weight):
+            return cuda_head.step(self, projected_BW, token_BH, state_BH)
         given_BW = projected_BW + _linear(_norm(token_BH, self.token_norm), self.from_token)
         for block, part_BW in zip(self.blocks, given_BW.chunk(len(self.blocks), -1), strict=True):
             state_BH = block(part_BW, state_BH)

@@ -8,6 +8,8 @@ the device, and the launches depend on shapes only, so a forward can be captured
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -24,15 +26,17 @@ if TYPE_CHECKING:
     Update = tuple[LowRank | None, int]  # and the first row that it acts on
 
 # Up to so many rows of all requests the weights' bytes are what a product costs, and the fused
-# kernel reads them as fast as it goes; above, the library's product is faster.
-FUSED_ROWS = 128
+# kernel reads them as fast as it goes; above, the library's product is faster, unless the weight is
+# so small that launches cost more than arithmetic.
+FUSED_ROWS, FUSED_ROWS_SMALL = 128, 2048
+SMALL_WEIGHT = 1 << 22
 PROJECTIONS = ("qkv", "o", "gate_up", "down")
 
 
 def takes(x_BRH: torch.Tensor, attention: PagedAttention, adapter: Adapter | None) -> bool:
     """Whether `run` can stand in for the layers: on CUDA, without gradients, nothing trained."""
     return (
-        x_BRH.is_cuda
+        usable(x_BRH.device)
         and not torch.is_grad_enabled()
         and attention.k_LNKTD.dtype is x_BRH.dtype
         and (adapter is None or adapter.frozen)
@@ -53,7 +57,7 @@ def run(
     Returns:
         ``hidden_BRH``.
     """
-    # Triton comes with torch on CUDA machines only.
+    # Not at the top: there may be no Triton here.
     from idlm.model.paged_kernel import Rows, attend, rotate_and_append
 
     B, R, _ = x_BRH.shape
@@ -70,8 +74,10 @@ def run(
     cos_ND, sin_ND = rows.flat(cos_BR1D.squeeze(2)), rows.flat(sin_BR1D.squeeze(2))
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
     updates = [{}] * len(layers) if adapter is None else _updates(adapter)
-    project = _fused if len(x_NH) <= FUSED_ROWS else _plain
-    ready_L41 = torch.zeros(len(layers), 4, 1, dtype=torch.int32, device=x_NH.device)
+    small = decoder.config.hidden_size * decoder.config.intermediate_size < SMALL_WEIGHT
+    project = _fused if len(x_NH) <= (FUSED_ROWS_SMALL if small else FUSED_ROWS) else _plain
+    # Filled by a kernel: what is set up early has to follow one.
+    ready_L41 = torch.full((len(layers), 4, 1), 0, dtype=torch.int32, device=x_NH.device)
     for layer, update, ready in zip(layers, updates, ready_L41.unbind(), strict=True):
         k_NKTD, v_NKTD = attention.k_LNKTD[layer.index], attention.v_LNKTD[layer.index]
         low_rank = {name: (update.get(name), rows.first_mask) for name in PROJECTIONS}
@@ -94,6 +100,14 @@ def run(
         )
         x_NH = project(layer.down, inner_NI, low_rank["down"], ready[3], residual_NO=x_NH)
     return rows.unflat(decoder.norm(x_NH))
+
+
+@cache
+def usable(device: torch.device) -> bool:
+    """CUDA with Triton (it comes with torch there) and a GPU that knows what the kernels need."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _fused(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from idlm.model import cpu_kernels, cpu_stack, cuda_stack
+from idlm.model import cpu_kernels, cpu_stack, cuda_head, cuda_stack
 from idlm.model.attention import Attention, PagedAttention
 from idlm.model.config import ModelConfig
 
@@ -186,6 +186,8 @@ class Decoder(nn.Module):
         """``[B, K]``, fp32, not rounded: the logits of the tokens ``ids`` of each row alone."""
         if cpu_kernels.usable(hidden_BH):
             return cpu_kernels.score(hidden_BH, self.output_weight, ids_BK)
+        if not torch.is_grad_enabled() and cuda_head.takes(hidden_BH, self.output_weight):
+            return cuda_head.score(hidden_BH, self.output_weight, ids_BK)
         rows_BKH = self.output_weight[ids_BK]
         return (rows_BKH.float() * hidden_BH[:, None].float()).sum(-1)
 

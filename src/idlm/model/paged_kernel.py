@@ -13,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from idlm.model.overlap import begin, overlaps
+
 # Keys per step of the loop, and in the shortest part.
 STEP_KEYS = 64
-PART_KEYS = 256
+PART_KEYS = 64
 MAX_PARTS = 32
 # Programs that keep a GPU busy.
 PROGRAMS = 256
@@ -110,6 +112,8 @@ def rotate_and_append(
         T=T,
         HEADS=HEADS,
         HALF=triton.next_power_of_2(D // 2),
+        OVERLAP=overlaps(),
+        launch_pdl=overlaps(),
         num_warps=2,
     )
 
@@ -173,6 +177,8 @@ def attend(
         SHORTEST=PART_KEYS,
         PARTS=parts,
         STEPS=_fixed_steps(rows.table_BP.shape[1] * T),
+        OVERLAP=overlaps(),
+        launch_pdl=overlaps(),
         num_warps=4,
         num_stages=3 if k_NKTD.itemsize == 2 else 2,
     )
@@ -187,6 +193,8 @@ def attend(
             SLOTS=slots,
             D=D,
             DIM=dim,
+            OVERLAP=overlaps(),
+            launch_pdl=overlaps(),
             num_warps=max(1, slots * dim // 2048),
         )
     return out_NX
@@ -229,8 +237,10 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
     T: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Some heads of one row."""
+    begin(OVERLAP)
     row = tl.program_id(0)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     lane = tl.arange(0, HALF)[None, :]
@@ -307,8 +317,10 @@ def _attend(  # type: ignore[no-untyped-def]
     SHORTEST: tl.constexpr,
     PARTS: tl.constexpr,
     STEPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One KV head of one request: a tile of packed rows over one part of the keys."""
+    begin(OVERLAP)
     b = tl.program_id(0) // K
     head = tl.program_id(0) % K
     part = tl.program_id(2)
@@ -402,8 +414,10 @@ def _merge(  # type: ignore[no-untyped-def]
     SLOTS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One output row from the shares of the parts."""
+    begin(OVERLAP)
     n = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, DIM)
     parts = tl.arange(0, SLOTS)

@@ -11,14 +11,18 @@ there. So clean rows pay nothing, and there is neither a second launch nor a sec
 
 # No deferred annotations here: Triton reads them.
 from dataclasses import dataclass
+from functools import cache
 from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 
+from idlm.model.overlap import begin, overlaps
+
 # The matrix units want 16 rows at least.
 MIN_ROWS = 16
+SHARED_BYTES = 65_536  # of a program; every GPU in question has more
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,10 @@ class Tile:
     stages: int
 
 
-def tile_of(rows: int, outputs: int, inputs: int, modules: tuple[int, ...], wide: bool) -> Tile:
-    """The tile for a product of so many rows, outputs and inputs (``wide``: of fp32).
+def tile_of(
+    rows: int, outputs: int, inputs: int, modules: tuple[int, ...], itemsize: int = 2
+) -> Tile:
+    """The tile for a product of so many rows, outputs and inputs.
 
     All outputs of a tile belong to one module.
     """
@@ -58,7 +64,18 @@ def tile_of(rows: int, outputs: int, inputs: int, modules: tuple[int, ...], wide
         width = 16
     if len(modules) > 1:
         width = min(width, gcd(*modules) & -gcd(*modules))
-    return Tile(height, width, 64 if wide or inputs % 128 else 128, 4, 4)
+    # Some programs have to fit beside each other, and few rows need long steps.
+    step = 64 if height == 64 or itemsize > 2 or inputs % 128 else 128
+    stages = min(8, triton.cdiv(inputs, step), SHARED_BYTES // ((height + width) * step * itemsize))
+    return Tile(height, width, step, 4, max(2, stages))
+
+
+def _zero(device: torch.device) -> torch.Tensor:
+    return torch.full((1,), 0, dtype=torch.int32, device=device)
+
+
+# What nobody uses.
+_nothing = cache(_zero)
 
 
 def project(
@@ -72,6 +89,7 @@ def project(
     norm_I: torch.Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
+    addend_NO: torch.Tensor | None = None,
     residual_NO: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
@@ -81,6 +99,7 @@ def project(
         x_NI: dense; of one dtype with all else.
         ready_1: one int32 that is 0 and is used up; None: a new one.
         norm_I: weight of the RMS norm of ``x``; None: none.
+        addend_NO: added to the outputs; rows may lie apart.
         gated: the outputs are gate and up; the result is ``silu(gate) * up``, ``[N, O / 2]``.
         residual_NO: added to the result and overwritten by it.
     Returns:
@@ -91,7 +110,7 @@ def project(
     if y_NO is None:
         y_NO = torch.empty((N, O // 2 if gated else O), dtype=x_NI.dtype, device=x_NI.device)
     modules = low_rank.modules if low_rank and not gated else (O,)
-    tile = tile or tile_of(N, O, I, modules, x_NI.itemsize > 2)
+    tile = tile or tile_of(N, O, I, modules, x_NI.itemsize)
     masks = N - first_mask if low_rank else 0
     row_tiles, makers, z_MZ = triton.cdiv(N, tile.rows), 0, y_NO
     if low_rank and masks:
@@ -99,7 +118,7 @@ def project(
         makers = triton.cdiv(masks, tile.rows) * triton.cdiv(Z, tile.outputs)
         z_MZ = torch.empty((masks, Z), dtype=x_NI.dtype, device=x_NI.device)
     if ready_1 is None:
-        ready_1 = torch.zeros(1, dtype=torch.int32, device=x_NI.device)
+        ready_1 = _nothing(x_NI.device) if makers == 0 else _zero(x_NI.device)
     rank = low_rank.B_OZ.shape[1] if low_rank else 1
     # Where the second and third module begin; one that is not there begins behind the end.
     second = modules[0] if len(modules) > 1 else O
@@ -114,6 +133,8 @@ def project(
         y_NO,
         z_MZ,
         ready_1,
+        y_NO if addend_NO is None else addend_NO,
+        0 if addend_NO is None else addend_NO.stride(0),
         N,
         first_mask,
         makers,
@@ -121,6 +142,7 @@ def project(
         SECOND=second,
         THIRD=third,
         BIAS=bias_O is not None,
+        ADD=addend_NO is not None,
         UPDATE=makers > 0,
         NORM=norm_I is not None,
         GATED=gated,
@@ -133,6 +155,8 @@ def project(
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
         INPUTS=tile.inputs,
+        OVERLAP=overlaps(),
+        launch_pdl=overlaps(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -180,7 +204,7 @@ def _product(  # type: ignore[no-untyped-def]
     return y
 
 
-@triton.jit(do_not_specialize=["N", "first_mask", "makers"])
+@triton.jit(do_not_specialize=["addend_stride", "N", "first_mask", "makers"])
 def _project(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
@@ -191,6 +215,8 @@ def _project(  # type: ignore[no-untyped-def]
     y_ptr,
     z_ptr,
     ready_ptr,
+    addend_ptr,
+    addend_stride,
     N,
     first_mask,
     makers,
@@ -198,6 +224,7 @@ def _project(  # type: ignore[no-untyped-def]
     SECOND: tl.constexpr,
     THIRD: tl.constexpr,
     BIAS: tl.constexpr,
+    ADD: tl.constexpr,
     UPDATE: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
@@ -210,8 +237,10 @@ def _project(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """A tile of ``z``, then a tile of ``y``."""
+    begin(OVERLAP)
     program = tl.program_id(0)
     # A row or output that is not there stands for the last one; what it gives is not stored.
     if program < makers:
@@ -291,6 +320,10 @@ def _project(  # type: ignore[no-untyped-def]
                     y = tl.dot(z, B, y, input_precision="ieee")
         if BIAS:
             y += tl.load(bias_ptr + safe_outputs).to(tl.float32)[None, :]
+        if ADD:
+            addend_ptrs = addend_ptr + rows[:, None].to(tl.int64) * addend_stride
+            there = (rows < N)[:, None] & (outputs < O)[None, :]
+            y += tl.load(addend_ptrs + outputs[None, :], mask=there, other=0.0).to(tl.float32)
         if GATED:
             gate, up = tl.split(tl.reshape(y, [ROWS, OUTPUTS // 2, 2]))
             y = gate / (1.0 + tl.exp(-gate)) * up

@@ -126,18 +126,28 @@ class Tokenizer:
             return self.token_bytes(token_id).decode("utf-8", errors="replace")
         return self.decode_inside([token_id])
 
-    @property
+    @cached_property
     def is_byte_level(self) -> bool:
         """Whether every token stands for a string of bytes, and a text for their sequence."""
         return isinstance(self.backend.decoder, decoders.ByteLevel)
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes, maybe half a character, of a token of a byte-level vocabulary."""
-        token = self.backend.id_to_token(token_id) or ""
-        alphabet = _byte_alphabet()
-        if all(character in alphabet for character in token):
-            return bytes(alphabet[character] for character in token)
-        return token.encode("utf-8")
+        known = self._bytes_of.get(token_id)
+        if known is None:
+            token = self.backend.id_to_token(token_id) or ""
+            alphabet = _byte_alphabet()
+            if all(character in alphabet for character in token):
+                known = bytes(alphabet[character] for character in token)
+            else:
+                known = token.encode("utf-8")
+            self._bytes_of[token_id] = known
+        return known
+
+    @cached_property
+    def _bytes_of(self) -> dict[int, bytes]:
+        """What `token_bytes` has found."""
+        return {}
 
     def decode_inside(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` where other text stands before them, special tokens included."""
