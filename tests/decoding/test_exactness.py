@@ -56,7 +56,7 @@ def run(
     sampling = Sampling.of(
         params, list(range(B)), prompt_BP.tolist(), [[]] * B, c.vocab_size, k.device
     )
-    outcome = prefill(method, k, v, table, prompt_BP, start, sampling)
+    outcome = prefill(method, k, v, table, prompt_BP, torch.full_like(start, P), start, sampling)
     texts = [[t[0]] for t in outcome.tokens_BN.tolist()]
     forwards = 1
     while min(map(len, texts)) < count:
@@ -138,7 +138,8 @@ def _run_one(
     table = torch.arange(16, dtype=torch.int32)[None]
     start = torch.zeros(1, dtype=torch.int64)
     sampling = Sampling.of([params], [seed], [prompt_P.tolist()], [[]], c.vocab_size, k.device)
-    outcome = prefill(method, k, v, table, prompt_P[None], start, sampling)
+    length = torch.full_like(start, len(prompt_P))
+    outcome = prefill(method, k, v, table, prompt_P[None], length, start, sampling)
     text = [int(outcome.tokens_BN[0, 0])]
     while len(text) < count:
         outcome = decode(method, k, v, table, outcome.state, sampling)
@@ -258,7 +259,8 @@ def test_state_rows_can_be_selected_and_joined() -> None:
     params = [SamplingParams(temperature=1.0)] * 3
     sampling = Sampling.of(params, [1, 2, 3], prompt.tolist(), [[]] * 3, c.vocab_size, k.device)
     with torch.inference_mode():
-        state = prefill(m, k, torch.zeros_like(k), table, prompt, start, sampling).state
+        v, length = torch.zeros_like(k), torch.full_like(start, 2)
+        state = prefill(m, k, v, table, prompt, length, start, sampling).state
     back = State.cat([state.select(torch.tensor([0])), state.select(torch.tensor([1, 2]))])
     for name in ("pending_B", "length_B"):
         assert torch.equal(getattr(back, name), getattr(state, name))

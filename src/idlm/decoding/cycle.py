@@ -63,6 +63,12 @@ class State:
             Drafts.cat([s.drafts for s in states]),
         )
 
+    def one(self, row: int) -> State:
+        """The request at ``row``, in the same memory."""
+        d, at = self.drafts, slice(row, row + 1)
+        drafts = Drafts(d.tokens_BM[at], d.ids_BMK[at], d.probs_BMK[at], d.count_B[at])
+        return State(self.pending_B[at], self.length_B[at], drafts)
+
     def select(self, rows: torch.Tensor) -> State:
         """The requests at ``rows`` (int64)."""
         return State(self.pending_B[rows], self.length_B[rows], self.drafts.select(rows))
@@ -88,6 +94,13 @@ class Outcome:
     state: State
     rows: int
 
+    def packed(self) -> torch.Tensor:
+        """``[B, 2 N + 1]`` int64: tokens, accepted, drafted and the overlap's bits."""
+        verdict = self.verdict
+        counts_B2 = torch.stack((verdict.accepted_B, self.drafted_B), dim=1)
+        bits_BM = verdict.overlap_BM.float().contiguous().view(torch.int32).long()
+        return torch.cat((self.tokens_BN, counts_B2, bits_BM), dim=1)
+
 
 def decode(
     method: Method,
@@ -98,11 +111,22 @@ def decode(
     sampling: Sampling,
 ) -> Outcome:
     """Run one cycle for ``B`` requests; their blocks need room for ``layout.num_rows`` more."""
-    layout, drafts = method.layout, state.drafts
+    layout = method.layout
+    # Drafts of a forward with another stride: what is too long is cut.
+    drafts = state.drafts.resized(layout.block_size)
+    state = State(state.pending_B, state.length_B, drafts)
     # Nobody has drafts: no rows for them. Elsewhere, to look would be to wait for the device.
     if layout.block_size and drafts.count_B.device.type == "cpu" and not drafts.count_B.any():
-        tokens_B1 = state.pending_B[:, None]
-        return prefill(method, k_LNKTD, v_LNKTD, table_BP, tokens_B1, state.length_B, sampling)
+        return prefill(
+            method,
+            k_LNKTD,
+            v_LNKTD,
+            table_BP,
+            state.pending_B[:, None],
+            torch.ones_like(state.length_B),
+            state.length_B,
+            sampling,
+        )
     tables = row_tables(layout, state.pending_B.device)
     positions_BR = state.length_B[:, None] + tables.offsets_NR[drafts.count_B]
     attention = PagedAttention(
@@ -137,6 +161,7 @@ def prefill(
     v_LNKTD: torch.Tensor,
     table_BP: torch.Tensor,
     tokens_BC: torch.Tensor,
+    count_B: torch.Tensor,
     start_B: torch.Tensor,
     sampling: Sampling,
 ) -> Outcome:
@@ -144,16 +169,28 @@ def prefill(
 
     Args:
         tokens_BC: what stands at positions ``start`` and after, int64; a mask block follows.
+        count_B: how many of the ``C`` are tokens, at least 1, int64; the rest fills up.
         start_B: tokens before it whose keys are cached (see `cache`), int64.
     Returns:
         The first token after the prompt, and proposals for those that follow it.
     """
     (B, C), masks = tokens_BC.shape, method.layout.block_size
-    hidden_BRH = _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, start_B, masks)
-    length_B = start_B + C - 1
-    state = State(tokens_BC[:, -1], length_B, Drafts.none(B, tokens_BC.device))
-    block_after_B1 = torch.full_like(length_B, 0 if masks else -1)[:, None]
-    return _conclude(method, hidden_BRH[:, C - 1 :], masks, block_after_B1, state, sampling)
+    hidden_BRH = _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, masks)
+    last_B1 = (count_B - 1)[:, None]
+    last_B1H = hidden_BRH.gather(1, last_B1[..., None].expand(-1, 1, hidden_BRH.shape[2]))
+    state = State(
+        tokens_BC.gather(1, last_B1).squeeze(1),
+        start_B + count_B - 1,
+        Drafts.none(B, tokens_BC.device),
+    )
+    return _conclude(
+        method,
+        torch.cat((last_B1H, hidden_BRH[:, C:]), dim=1),
+        masks,
+        torch.full_like(last_B1, 0 if masks else -1),
+        state,
+        sampling,
+    )
 
 
 def cache(
@@ -165,7 +202,8 @@ def cache(
     start_B: torch.Tensor,
 ) -> None:
     """Cache keys and values of the tokens (int64) at positions ``start`` (int64) and after."""
-    _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, start_B, 0)
+    count_B = torch.full_like(start_B, tokens_BC.shape[1])
+    _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, 0)
 
 
 def _causal(
@@ -174,25 +212,31 @@ def _causal(
     v_LNKTD: torch.Tensor,
     table_BP: torch.Tensor,
     tokens_BC: torch.Tensor,
+    count_B: torch.Tensor,
     start_B: torch.Tensor,
     num_masks: int,
 ) -> torch.Tensor:
     """Hidden states of tokens (and masks) that begin at ``start`` and see all before them."""
-    B, C = tokens_BC.shape
-    rows, device = C + num_masks, tokens_BC.device
-    positions_BR = start_B[:, None] + torch.arange(rows, device=device)
-    visible_BRR = torch.ones(rows, rows, dtype=torch.bool, device=device).tril().repeat(B, 1, 1)
+    C, device = tokens_BC.shape[1], tokens_BC.device
+    row_R = torch.arange(C + num_masks, device=device)
+    # Masks stand behind the last token, not behind what fills up, and do not see that.
+    offset_BR = torch.where(row_R < C, row_R, row_R - C + count_B[:, None])
+    real_BR = (row_R < count_B[:, None]) | (row_R >= C)
     attention = PagedAttention(
         k_LNKTD,
         v_LNKTD,
         table_BP,
         start_B,
-        positions_BR,
-        visible_BRR,
+        start_B[:, None] + offset_BR,
+        (row_R[:, None] >= row_R) & real_BR[:, None],
         method.decoder.config.sliding_window,
     )
     hidden_BRH: torch.Tensor = method.decoder(
-        tokens_BC, positions_BR, attention, num_masks=num_masks, adapter=method.adapter
+        tokens_BC,
+        attention.positions_BR,
+        attention,
+        num_masks=num_masks,
+        adapter=method.adapter,
     )
     return hidden_BRH
 

@@ -54,8 +54,10 @@ class DecodeStats:
         reached = min(accepted + 1, drafted)
         self.reached += reached
         self.overlap += sum(overlap[:reached])
-        self.accepted_at.update(range(1, accepted + 1))
-        self.reached_at.update(range(1, reached + 1))
+        for place in range(1, accepted + 1):
+            self.accepted_at[place] += 1
+        for place in range(1, reached + 1):
+            self.reached_at[place] += 1
 
     def __add__(self, other: DecodeStats) -> DecodeStats:
         names = self.__dataclass_fields__

@@ -7,7 +7,7 @@ import torch
 from idlm.decoding.random import Stream, exponential
 from idlm.decoding.sampling import Sampling, distribution, greedy_choice, sample
 from idlm.decoding.verify import Drafts
-from idlm.model import cpu_kernels
+from idlm.model import cpu_kernels, cuda_head
 from idlm.model.adapter import Adapter
 from idlm.model.cpu_head import greedy_chain
 from idlm.model.decoder import Decoder
@@ -25,12 +25,11 @@ def propose(
     sampling: Sampling,
     *,
     coupled: bool,
-    candidates: int = CANDIDATES,
 ) -> Drafts:
     """Sample the drafts of ``M`` places one after the other.
 
     Place ``j`` is drawn from the model's output layer on ``h_j + s_j`` (`SamplerHead`; ``h_j``
-    alone without a head), over the ``candidates`` likeliest tokens of ``h_j`` alone, so that the
+    alone without a head), over the `likeliest` tokens of ``h_j`` alone, so that the
     head rescores a few tokens instead of the whole vocabulary. ``q`` is that restricted
     distribution, so verification stays exact.
 
@@ -41,7 +40,7 @@ def propose(
         position_B: position of the first draft.
         coupled: draw with the noise that verification will use (the coupled rule).
     """
-    ids_BMK = likeliest(logits_BMV, min(candidates, logits_BMV.shape[-1]))
+    ids_BMK = likeliest(logits_BMV, num_candidates(logits_BMV.device, logits_BMV.shape[-1]))
     count_B = torch.full_like(first_B, ids_BMK.shape[1])
     head = None if adapter is None else adapter.head
     plain = sampling.all_greedy and not sampling.adjusts_logits
@@ -80,11 +79,19 @@ def propose(
     return Drafts(torch.stack(tokens, dim=1), ids_BMK, torch.stack(probs, dim=1), count_B)
 
 
-def likeliest(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Ids ``[..., k]`` of the ``k`` likeliest tokens, in any order.
+def num_candidates(device: torch.device, vocab_size: int) -> int:
+    """Candidates of a place; more on CUDA, where of two likely tokens one may be lost."""
+    return min(2 * CANDIDATES if cuda_head.usable(device) else CANDIDATES, vocab_size)
 
-    On the CPU, fp32 logits are compared to bf16 precision only.
+
+def likeliest(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids ``[..., k]`` of likely tokens, in any order.
+
+    On the CPU they are the ``k`` likeliest (fp32 logits are compared to bf16 precision only); on
+    CUDA, one of them may give way to a less likely one (`best_of_groups`), the likeliest never.
     """
+    if cuda_head.takes(logits, logits):
+        return cuda_head.best_of_groups(logits, k)
     if cpu_kernels.usable(logits):
         return cpu_kernels.top(logits, k)
     return logits.topk(k, dim=-1).indices

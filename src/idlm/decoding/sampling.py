@@ -7,12 +7,13 @@ drafted from ``q`` is tested against ``p`` made in the same way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from idlm.decoding.params import SamplingParams
 from idlm.model import cpu_kernels
+from idlm.model.transfer import upload
 
 
 @dataclass
@@ -22,8 +23,9 @@ class Sampling:
     Attributes:
         seed_B: int64.
         greedy_B: bool; greedy requests get a one-hot distribution.
+        all_greedy, any_greedy: what is in ``greedy_B``, known without asking the device.
         temperature_B: fp32, 1 for greedy requests.
-        top_k_B: int64, the vocabulary size where off.
+        top_k_B: int64, the vocabulary size where off; none is above ``max_top_k``.
         top_p_B, min_p_B: fp32.
         repetition_B, presence_B, frequency_B: fp32.
         prompt_BV: bool, tokens that stand in the prompt.
@@ -36,6 +38,7 @@ class Sampling:
     seed_B: torch.Tensor
     greedy_B: torch.Tensor
     all_greedy: bool
+    any_greedy: bool
     temperature_B: torch.Tensor
     top_k_B: torch.Tensor | None = None
     max_top_k: int | None = None
@@ -62,23 +65,23 @@ class Sampling:
         """The batch of requests with these parameters, seeds, prompts and outputs so far."""
 
         def floats(name: str) -> torch.Tensor:
-            return torch.tensor([getattr(p, name) for p in params], device=device).float()
+            return upload([getattr(p, name) for p in params], device, torch.float32)
 
         greedy = [p.greedy for p in params]
+        temperature = [1.0 if p.greedy else p.temperature for p in params]
         sampling = cls(
-            seed_B=torch.tensor(seeds, device=device),
-            greedy_B=torch.tensor(greedy, device=device),
+            seed_B=upload(seeds, device),
+            greedy_B=upload(greedy, device),
             all_greedy=all(greedy),
-            temperature_B=torch.tensor(
-                [1.0 if p.greedy else p.temperature for p in params], device=device
-            ),
+            any_greedy=any(greedy),
+            temperature_B=upload(temperature, device, torch.float32),
         )
         # A greedy request's distribution is the same with and without truncation.
         sampled = [p for p in params if not p.greedy]
         if any(p.top_k > 0 for p in sampled):
             top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-            sampling.top_k_B = torch.tensor(top_k, device=device)
-            sampling.max_top_k = max(top_k)
+            sampling.top_k_B = upload(top_k, device)
+            sampling.max_top_k = 1 << (max(top_k) - 1).bit_length()
         if any(p.top_p < 1 for p in sampled):
             sampling.top_p_B = floats("top_p")
         if any(p.min_p > 0 for p in sampled):
@@ -87,19 +90,30 @@ class Sampling:
             sampling.repetition_B = floats("repetition_penalty")
             sampling.presence_B = floats("presence_penalty")
             sampling.frequency_B = floats("frequency_penalty")
-            sampling.counts_BV = torch.stack([_count(ids, vocab_size) for ids in outputs]).to(
-                device
-            )
-            sampling.prompt_BV = (
-                torch.stack([_count(ids, vocab_size) for ids in prompts]).to(device) > 0
-            )
+            sampling.counts_BV = _counts(outputs, vocab_size, device)
+            sampling.prompt_BV = _counts(prompts, vocab_size, device) > 0
         if any(p.logit_bias for p in params):
-            bias_BV = torch.zeros(len(params), vocab_size)
-            for row, p in enumerate(params):
-                for token, bias in (p.logit_bias or {}).items():
-                    bias_BV[row, token] = bias
-            sampling.bias_BV = bias_BV.to(device)
+            entries = [
+                (row * vocab_size + token, bias)
+                for row, p in enumerate(params)
+                for token, bias in (p.logit_bias or {}).items()
+            ]
+            places, biases = zip(*entries, strict=True)
+            bias_X = torch.zeros(len(params) * vocab_size, device=device)
+            bias_X[upload(places, device)] = upload(biases, device, torch.float32)
+            sampling.bias_BV = bias_X.view(len(params), vocab_size)
         return sampling
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that there are, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """All that the course of the computation depends on; the rest is in tensors."""
+        return (self.all_greedy, self.any_greedy, self.max_top_k, *self.tensors)
 
     @property
     def adjusts_logits(self) -> bool:
@@ -113,8 +127,13 @@ class Sampling:
             self.counts_BV.scatter_add_(1, tokens_BN, (place_N < num_tokens_B[:, None]).float())
 
 
-def _count(ids: Sequence[int], vocab_size: int) -> torch.Tensor:
-    return torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=vocab_size).float()
+def _counts(texts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> torch.Tensor:
+    """``[B, V]`` fp32: how often each token stands in each text."""
+    places = [row * vocab_size + token for row, ids in enumerate(texts) for token in ids]
+    places_X = upload(places, device, torch.int64)
+    counts_X = torch.zeros(len(texts) * vocab_size, device=device)
+    counts_X.scatter_add_(0, places_X, torch.ones_like(places_X, dtype=torch.float32))
+    return counts_X.view(len(texts), vocab_size)
 
 
 def adjusted_logits(
@@ -171,7 +190,7 @@ def distribution(
     logits_BRX = adjusted_logits(logits_BRX, sampling, drafts_BRE, ids_BRX)
     probs_BRX = torch.softmax(logits_BRX / sampling.temperature_B[:, None, None], dim=-1)
     probs_BRX = _truncated(probs_BRX, sampling)
-    if sampling.greedy_B.any():
+    if sampling.any_greedy:
         one_hot_BRX = torch.zeros_like(probs_BRX).scatter_(
             2, logits_BRX.argmax(dim=-1, keepdim=True), 1.0
         )

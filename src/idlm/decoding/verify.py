@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from idlm.decoding.random import Stream, exponential, uniform
 from idlm.decoding.sampling import Sampling, distribution, greedy_choice, sample
@@ -22,7 +23,7 @@ class Drafts:
         tokens_BM: ``d_1 .. d_M``, int64.
         ids_BMK: the candidates of each place, int64.
         probs_BMK: ``q`` over the candidates, fp32; 0 elsewhere.
-        count_B: how many of the ``M`` places hold a draft: 0 or M, int64.
+        count_B: how many of the ``M`` places hold a draft, from the first; int64.
     """
 
     tokens_BM: torch.Tensor
@@ -43,12 +44,32 @@ class Drafts:
 
     @classmethod
     def cat(cls, parts: Sequence[Drafts]) -> Drafts:
-        """The requests of all ``parts``, in order."""
+        """The requests of all ``parts``, in order, with as many places as any of them has."""
+        places = max(d.tokens_BM.shape[1] for d in parts)
+        candidates = max(d.ids_BMK.shape[2] for d in parts)
+        parts = [d.resized(places, candidates) for d in parts]
         return cls(
             torch.cat([d.tokens_BM for d in parts]),
             torch.cat([d.ids_BMK for d in parts]),
             torch.cat([d.probs_BMK for d in parts]),
             torch.cat([d.count_B for d in parts]),
+        )
+
+    def resized(self, places: int, candidates: int | None = None) -> Drafts:
+        """Cut or filled up to so many places (and filled up to so many candidates).
+
+        A draft that is cut off was never there: what is left is a shorter block.
+        """
+        _, M, K = self.ids_BMK.shape
+        candidates = candidates or K
+        if self.ids_BMK.shape[1:] == (places, candidates):
+            return self
+        more = (0, candidates - K, 0, places - M)
+        return Drafts(
+            F.pad(self.tokens_BM, (0, places - M)),
+            F.pad(self.ids_BMK, more),
+            F.pad(self.probs_BMK, more),
+            self.count_B.clamp(max=places),
         )
 
     def select(self, rows: torch.Tensor) -> Drafts:

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from idlm.decoding.cycle import Outcome, State
+from idlm.decoding.cycle import Method, State
 from idlm.decoding.sampling import Sampling
+from idlm.engine.commit import Commit
 from idlm.engine.request import Request
 from idlm.engine.runner import Runner
+from idlm.model.transfer import upload
 
 
 class Batch:
-    """Row ``i`` of its state belongs to ``requests[i]``."""
+    """Row ``i`` of its state belongs to ``requests[i]``.
+
+    The state is that after the last launch, of which the host may not know the tokens yet.
+    """
 
     def __init__(self, runner: Runner) -> None:
         self.requests: list[Request] = []
         self._runner = runner
         self._state: State | None = None
         self._sampling: Sampling | None = None
-        self._table_BP: torch.Tensor | None = None
-        self._num_blocks: list[int] = []
+        self._table: Table | None = None
 
     def become(self, requests: Sequence[Request]) -> None:
         """Let ``requests`` be the batch; who leaves unfinished takes its state along."""
         if set(requests) == set(self.requests):
             return
-        stay = [row for row, request in enumerate(self.requests) if request in requests]
+        wanted = set(requests)
+        stay = [row for row, request in enumerate(self.requests) if request in wanted]
         for row, request in enumerate(self.requests):
-            if row not in stay and not request.finished:
+            if request not in wanted and not request.finished:
                 request.state = self._select([row])
-        joining = [request for request in requests if request not in self.requests]
+        present = set(self.requests)
+        joining = [request for request in requests if request not in present]
         states = [self._select(stay)] if stay else []
         for request in joining:
             assert request.state is not None
@@ -39,20 +46,17 @@ class Batch:
             request.state = None
         self._set([self.requests[row] for row in stay] + joining, states)
 
-    def decode(self) -> Outcome:
-        """One forward of all; `advance` makes its result the batch's state."""
+    def launch(self, method: Method) -> Commit:
+        """Begin one forward of all; the batch goes on from what it will bring."""
         assert self._state is not None
-        if self._sampling is None:
+        if self._sampling is None or self._table is None:
             self._sampling = self._runner.sampling(self.requests)
-        num_blocks = [len(request.lease.ids) for request in self.requests]
-        if self._table_BP is None or num_blocks != self._num_blocks:
-            self._table_BP = self._runner.table(self.requests)
-            self._num_blocks = num_blocks
-        return self._runner.decode(self.requests, self._table_BP, self._state, self._sampling)
-
-    def advance(self, outcome: Outcome) -> None:
-        """Go on from ``outcome``."""
-        self._state = outcome.state
+            self._table = Table(self.requests, self._runner.device)
+        launch = self._runner.decode(
+            method, self.requests, self._table.now(), self._state, self._sampling
+        )
+        self._state = launch.state
+        return Commit(self.requests, launch)
 
     def alone(self) -> list[Batch]:
         """Batches of one request each, in the same states."""
@@ -75,4 +79,29 @@ class Batch:
     def _set(self, requests: list[Request], states: list[State]) -> None:
         self.requests = requests
         self._state = State.cat(states) if states else None
-        self._sampling = self._table_BP = None
+        self._sampling = self._table = None
+
+
+class Table:
+    """``table_BP`` of some requests, whose leases grow."""
+
+    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+        self._leases, self._device = [r.lease for r in requests], device
+        self._lengths = [0] * len(requests)
+        self._host_BP = np.zeros((len(requests), 0), np.int32)
+        self._table_BP: torch.Tensor | None = None
+
+    def now(self) -> torch.Tensor:
+        """The blocks of each request, int32, filled up with block 0; new only if one has grown."""
+        lengths = [len(lease.ids) for lease in self._leases]
+        if self._table_BP is not None and lengths == self._lengths:
+            return self._table_BP
+        most = max(lengths)
+        if most > self._host_BP.shape[1]:
+            self._host_BP = np.pad(self._host_BP, ((0, 0), (0, most - self._host_BP.shape[1])))
+        for row, lease in enumerate(self._leases):
+            if lengths[row] != self._lengths[row]:
+                self._host_BP[row, : lengths[row]] = lease.ids
+        self._lengths = lengths
+        self._table_BP = upload(self._host_BP, self._device)
+        return self._table_BP

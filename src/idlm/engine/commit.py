@@ -1,62 +1,93 @@
-"""What a forward brought, on the host, and how requests get it."""
+"""What a forward brought, on its way to the host, and how requests get it."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from idlm.decoding.cycle import Outcome
+from idlm.decoding.cycle import State
 from idlm.engine.request import Logprob, Request, Source
 from idlm.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
+class Launch:
+    """A forward that the device was told to make.
+
+    Attributes:
+        state: what the next one goes on from.
+        packed_BX: `Outcome.packed`.
+        rows: clean and mask rows of each request.
+        logits_BNV: the base model's raw logits behind the tokens; None: not kept.
+        seconds: what it takes the device; None: not known.
+    """
+
+    state: State
+    packed_BX: torch.Tensor
+    rows: int
+    logits_BNV: torch.Tensor | None
+    seconds: float | None = None
+
+
 class Commit:
-    """An outcome and its numbers as lists, by request."""
+    """The tokens that a launch brings to ``requests``, its rows."""
 
-    outcome: Outcome
-    tokens: list[list[int]]
-    accepted: list[int]
-    drafted: list[int]
-    overlap: list[list[float]]
+    def __init__(self, requests: Sequence[Request], launch: Launch) -> None:
+        self.requests, self.seconds = list(requests), launch.seconds
+        self._launch = launch
+        self._packed_BX = launch.packed_BX.to("cpu", non_blocking=True)
+        self._copied: torch.cuda.Event | None = None
+        if launch.packed_BX.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
 
-    @classmethod
-    def of(cls, outcome: Outcome) -> Commit:
-        """Waits for the device."""
-        return cls(
-            outcome,
-            outcome.tokens_BN.tolist(),
-            outcome.verdict.accepted_B.tolist(),
-            outcome.drafted_B.tolist(),
-            outcome.verdict.overlap_BM.tolist(),
-        )
+    def wait(self) -> float:
+        """Wait until the tokens are there; for how many seconds."""
+        start = time.perf_counter()
+        if self._copied is not None:
+            self._copied.synchronize()
+        return time.perf_counter() - start
 
-    def give(self, row: int, request: Request, tokenizer: Tokenizer) -> None:
-        """Give ``request`` the new tokens of ``row``, up to the one that ends it."""
-        accepted, drafted = self.accepted[row], self.drafted[row]
-        logprobs = self._logprobs(row, request.params.logprobs, tokenizer)
-        request.stats.forward(drafted, accepted, self.overlap[row], self.outcome.rows)
+    def give(self, row: int, tokenizer: Tokenizer) -> tuple[int, int]:
+        """Give the request at ``row`` its new tokens, up to the one that ends it; after `wait`.
+
+        Returns:
+            Drafts that were tested, and those that stood.
+        """
+        request, (tokens, accepted, drafted, overlap) = self.requests[row], self._rows[row]
+        logprobs = self._logprobs(row, accepted + 1, request.params.logprobs, tokenizer)
+        request.stats.forward(drafted, accepted, overlap, self._launch.rows)
         for place in range(accepted + 1):
             if place < accepted:
                 source = Source.DRAFT
             else:
                 source = Source.CORRECTION if accepted < drafted else Source.SAMPLED
-            request.append(
-                self.tokens[row][place], source, None if logprobs is None else logprobs[place]
-            )
+            request.append(tokens[place], source, None if logprobs is None else logprobs[place])
             if request.finished:
                 break
+        return drafted, accepted
+
+    @cached_property
+    def _rows(self) -> list[tuple[list[int], int, int, list[float]]]:
+        """Tokens, accepted, drafted and overlap of each row."""
+        N = (self._packed_BX.shape[1] - 1) // 2
+        overlap_BM = self._packed_BX[:, N + 2 :].int().view(torch.float32)
+        rows = zip(self._packed_BX[:, : N + 2].tolist(), overlap_BM.tolist(), strict=True)
+        return [(row[:N], row[N], row[N + 1], overlap) for row, overlap in rows]
 
     def _logprobs(
-        self, row: int, top: int | None, tokenizer: Tokenizer
+        self, row: int, count: int, top: int | None, tokenizer: Tokenizer
     ) -> list[dict[int, Logprob]] | None:
-        """For each new token, its log-probability and those of the ``top`` likeliest."""
+        """For each of ``count`` new tokens, its log-probability and the ``top`` likeliest."""
         if top is None:
             return None
-        outcome, count = self.outcome, self.accepted[row] + 1
-        logprobs_NV = outcome.logits_BNV[row, :count].float().log_softmax(-1)
-        chosen_N1 = outcome.tokens_BN[row, :count, None]
+        assert self._launch.logits_BNV is not None
+        logprobs_NV = self._launch.logits_BNV[row, :count].float().log_softmax(-1)
+        chosen_N1 = self._launch.packed_BX[row, :count, None]
         ranks_N1 = (logprobs_NV > logprobs_NV.gather(1, chosen_N1)).sum(-1, keepdim=True) + 1
         best_NT = logprobs_NV.topk(top, dim=-1).indices
         ids_NX = torch.cat((chosen_N1, best_NT), dim=1)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from idlm.decoding.cycle import Method
 from idlm.decoding.params import SamplingParams
+from idlm.decoding.policy import Policy
 from idlm.engine.batch import Batch
 from idlm.engine.check import check_request
 from idlm.engine.commit import Commit
 from idlm.engine.grammar import grammars_of
+from idlm.engine.graphs import text_size
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.request import Request
 from idlm.engine.runner import Runner
@@ -32,7 +37,12 @@ class Engine:
     Args:
         cache: keys and values; engines that share it take turns in one thread.
         max_batch: requests that run at once; more wait.
-        chunk: tokens of a prompt that run in one forward.
+        chunk: tokens of prompts that run in one step.
+        ahead: launch a forward before the tokens of the last one are read, so that the device
+            never waits for the host; None: on CUDA. A request that ended a forward ago has then
+            taken part in one more, of which nothing is kept. Grammars, penalties and
+            log-probabilities need the tokens first: beside them nothing is launched ahead.
+        policy: chooses the layout of every forward in place of the method's own.
     """
 
     def __init__(
@@ -44,21 +54,33 @@ class Engine:
         device: torch.device,
         max_batch: int,
         chunk: int = 512,
+        ahead: bool | None = None,
+        policy: Policy | None = None,
     ) -> None:
         config = method.decoder.config
         self.method, self.tokenizer = method, tokenizer
         self.max_batch, self.chunk = max_batch, chunk
         self._context = config.max_position_embeddings
+        self._ahead = device.type == "cuda" if ahead is None else ahead
+        layouts = [method.layout, *(policy.plans if policy else ())]
+        rows = max(x.num_rows for x in layouts)
+        rows += max(x.stride for x in layouts) if self._ahead else 0
         # With the rows in flight a request has to fit into all blocks there are.
-        self._room = cache.pool.capacity - method.layout.num_rows
+        self._room = cache.pool.capacity - rows
         self._eos = frozenset(config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
         self._grammars = grammars_of(tokenizer, config.vocab_size, self._eos)
         self._ids = itertools.count()
-        self._failed_forwards = 0
+        self._failed_forwards, self._waited = 0, 0.0
         self._pool = cache.pool
-        self._scheduler = Scheduler(cache.pool, max_batch, method.layout.num_rows)
-        self._runner = Runner(method, cache, self._grammars, device)
+        self._scheduler = Scheduler(cache.pool, max_batch, rows)
+        longest = min(self._context, self._room) + rows + text_size(chunk)
+        table_width = -(-longest // cache.pool.block_tokens)
+        places = max(x.block_size for x in layouts)
+        self._runner = Runner(method, cache, self._grammars, device, table_width, places)
+        self._policy = policy
+        self._method_of = {x: replace(method, layout=x) for x in layouts}
         self._batch = Batch(self._runner)
+        self._flights: deque[Commit] = deque()  # launched and not read, the oldest first
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequestError` for a request that cannot be run."""
@@ -99,6 +121,7 @@ class Engine:
     def close(self) -> None:
         """Give back what all requests hold; the engine is not used again."""
         self._scheduler.clear()
+        self._flights.clear()
 
     @property
     def busy(self) -> bool:
@@ -124,11 +147,13 @@ class Engine:
             preemptions=scheduler.preemptions,
             evictions=pool.evictions,
             failed_forwards=self._failed_forwards,
+            waited=self._waited,
+            plans=dict(self._policy.chosen) if self._policy else {},
         )
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """At most one decoding cycle of those that run and one chunk of a prompt.
+        """At most one decoding cycle of those that run and one chunk of prompts.
 
         A cycle that raises is tried again for each request alone; one that raises alone ends its
         request with the finish reason ``error``.
@@ -136,58 +161,116 @@ class Engine:
         Returns:
             The requests that went forward; none while other engines hold the blocks.
         """
+        if not self._scheduler.grow():
+            self._read(len(self._flights))  # who has to leave leaves with all its tokens
         self._scheduler.schedule()
         self._batch.become(self._scheduler.running)
+        due = len(self._flights)
         moved = list(self._batch.requests)
         if moved:
             self._decode(self._batch)
-        if request := self._scheduler.prefilling:
-            with self._blamed_on(request):
-                self._prefill(request)
-            moved.append(request)
-        for request in moved:
-            if request.finished:
-                self._scheduler.remove(request)
+        moved += self._run_texts()
+        if not self._ahead or any(request.host_bound for request in moved):
+            due = len(self._flights)
+        self._read(due)
+        if not (self._scheduler.running or self._scheduler.prefilling):
+            self._flights.clear()  # of requests that ended
         return moved
 
     def _decode(self, batch: Batch) -> None:
         requests = batch.requests
         try:
-            outcome = batch.decode()
-            commit = Commit.of(outcome)
+            self._launch(batch)
+        except Exception as error:
+            self._failed_forwards += 1
+            self._read(len(self._flights))  # what came before it counts
+            if len(requests) == 1:
+                self._fail(requests[0], error)
+                return
+            logger.warning("A forward of %d requests failed; each is tried alone.", len(requests))
+            batches = [alone for alone in batch.alone() if not alone.requests[0].finished]
+            for alone in batches:
+                self._decode(alone)
+            batch.join(batches)
+
+    def _launch(self, batch: Batch) -> None:
+        """Begin a forward of ``batch``, by the plan that is best for it."""
+        if self._policy is None:
+            self._flights.append(batch.launch(self.method))
+            return
+        size = len(batch.requests)
+        plan, start = self._policy.choose(size), time.perf_counter()
+        commit = batch.launch(self._method_of[plan])
+        self._flights.append(commit)
+        # Without a graph, the host is busy for as long as the forward takes.
+        self._policy.took(size, plan, commit.seconds or time.perf_counter() - start)
+
+    def _run_texts(self) -> list[Request]:
+        """Run a chunk of what is not cached; whose text is cached decodes from then on."""
+        moved: list[Request] = []
+        whole: list[Request] = []
+        left = self.chunk
+        while left > 0 and (request := self._scheduler.prefilling):
+            end = min(request.cached + left, request.prefill_end)
+            left -= end - request.cached
+            moved.append(request)
+            if end == request.prefill_end:
+                self._scheduler.prefilled(request)
+                if not request.token_ids:
+                    whole.append(request)
+                    self._scheduler.admit()
+                    continue
+            with self._blamed_on(request):
+                self._runner.cache(request, end)
+                self._keep(request, end)
+            self._scheduler.admit()
+        for group in self._groups(whole):
+            self._prefill(group)
+        return moved
+
+    def _groups(self, requests: Sequence[Request]) -> list[list[Request]]:
+        """Prompts that share a forward: on their way to the host anyway, and of like length."""
+        if not self._ahead:
+            return [[request] for request in requests]
+        groups: dict[int, list[Request]] = {}
+        for request in requests:
+            groups.setdefault(text_size(request.num_tokens - request.cached), []).append(request)
+        return list(groups.values())
+
+    def _prefill(self, requests: list[Request]) -> None:
+        """Run the rest of these prompts, and begin their answers."""
+        try:
+            launch = self._runner.prefill(requests)
         except Exception as error:
             self._failed_forwards += 1
             if len(requests) == 1:
                 self._fail(requests[0], error)
                 return
-            logger.warning("A forward of %d requests failed; each is tried alone.", len(requests))
-            batches = batch.alone()
-            for alone in batches:
-                self._decode(alone)
-            batch.join(batches)
+            for request in requests:
+                self._prefill([request])
             return
-        batch.advance(outcome)
+        self._flights.append(Commit(requests, launch))
         for row, request in enumerate(requests):
-            with self._blamed_on(request):
-                self._commit(request, commit, row)
+            request.state = launch.state.one(row)
+            self._keep(request, request.num_tokens)
 
-    def _prefill(self, request: Request) -> None:
-        """Run the next chunk of what is not cached; after a prompt's last one, decoding begins."""
-        end = min(request.cached + self.chunk, request.prefill_end)
-        last = end == request.prefill_end
-        if last and not request.token_ids:
-            outcome = self._runner.prefill(request, end)
-            self._commit(request, Commit.of(outcome), 0)
-            request.state = outcome.state
-        else:
-            self._runner.cache(request, end)
-            self._keep(request, end)
-        if last and not request.finished:
-            self._scheduler.prefilled(request)
+    def _read(self, count: int) -> None:
+        """Give requests what the oldest ``count`` launches brought."""
+        for _ in range(min(count, len(self._flights))):
+            commit = self._flights.popleft()
+            self._waited += commit.wait()
+            for row, request in enumerate(commit.requests):
+                if not request.finished:
+                    self._give(commit, row, request)
 
-    def _commit(self, request: Request, commit: Commit, row: int) -> None:
-        commit.give(row, request, self.tokenizer)
-        self._keep(request, request.num_tokens - 1)
+    def _give(self, commit: Commit, row: int, request: Request) -> None:
+        with self._blamed_on(request):
+            tested = commit.give(row, self.tokenizer)
+            if self._policy is not None:
+                self._policy.saw(*tested)
+            self._keep(request, request.num_tokens - 1)
+        if request.finished:
+            self._scheduler.remove(request)
 
     def _keep(self, request: Request, cached: int) -> None:
         """Note that the first ``cached`` tokens of ``request`` are cached."""
@@ -204,4 +287,6 @@ class Engine:
 
     def _fail(self, request: Request, error: Exception) -> None:
         logger.error("Request %d failed.", request.id, exc_info=error)
-        request.fail(error)
+        if not request.finished:
+            request.fail(error)
+            self._scheduler.remove(request)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import psutil
 import torch
 
-from idlm.engine.blocks import BlockPool, Lease
+from idlm.engine.blocks import BlockPool
 from idlm.errors import InvalidRequestError, ResourceError
 from idlm.model.config import ModelConfig
 
@@ -63,12 +62,6 @@ class KVCache:
             ) from error
         self.k_LNKTD[:, 0], self.v_LNKTD[:, 0] = 0, 0
         self.pool = BlockPool(num_blocks, BLOCK_TOKENS)
-
-    def table(self, leases: Sequence[Lease]) -> torch.Tensor:
-        """``table_BP``: the blocks of each lease, int32, filled up with block 0."""
-        most = max(len(lease.ids) for lease in leases)
-        rows = [lease.ids + [0] * (most - len(lease.ids)) for lease in leases]
-        return torch.tensor(rows, dtype=torch.int32, device=self.k_LNKTD.device)
 
 
 def _free_memory(device: torch.device) -> int:

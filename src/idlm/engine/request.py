@@ -129,6 +129,12 @@ class Request:
         return self.phase is Phase.FINISHED
 
     @property
+    def host_bound(self) -> bool:
+        """Whether its next forward needs the last one's tokens on the host."""
+        params = self.params
+        return params.constrained or params.penalised or params.logprobs is not None
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of prompt and output."""
         return len(self.prompt_token_ids) + len(self.token_ids)
@@ -185,6 +191,9 @@ class Request:
 
         Returns whether a stop string is complete; the text then ends before it.
         """
+        if not self.params.stop:
+            self.text, self._held = self.text + self._held, ""
+            return False
         stops = self.params.stop_strings
         found = [at for stop in stops if (at := self._held.find(stop)) >= 0]
         if found:

@@ -2,50 +2,117 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 
 from idlm.decoding import cycle
 from idlm.decoding.cycle import Method, Outcome, State
+from idlm.decoding.propose import num_candidates
 from idlm.decoding.sampling import Sampling
 from idlm.decoding.verify import Drafts
+from idlm.engine.commit import Launch
 from idlm.engine.grammar import Grammars
-from idlm.engine.kv_cache import KVCache
+from idlm.engine.graphs import CaptureError, Graphs, text_size
+from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 from idlm.engine.request import Request
+from idlm.model.transfer import upload
+
+logger = logging.getLogger(__name__)
 
 
 class Runner:
-    """Runs forwards of one method over one cache; knows nothing of whose turn it is."""
+    """Runs forwards of one method over one cache; knows nothing of whose turn it is.
+
+    Args:
+        table_width: blocks that a request holds at most.
+        places: drafts of a request at most.
+
+    On CUDA, cycles run as captured graphs; those of batches in which somebody has a grammar or
+    wants log-probabilities run launch by launch, as do prompts.
+    """
 
     def __init__(
-        self, method: Method, cache: KVCache, grammars: Grammars, device: torch.device
+        self,
+        method: Method,
+        cache: KVCache,
+        grammars: Grammars,
+        device: torch.device,
+        table_width: int,
+        places: int,
     ) -> None:
         self.method, self.device = method, device
         self._cache, self._grammars = cache, grammars
+        self._graphs: Graphs | None = None
+        if device.type == "cuda":
+            candidates = num_candidates(device, method.decoder.config.vocab_size)
+            self._graphs = Graphs(cache, device, table_width, places, candidates)
 
     def decode(
-        self, requests: Sequence[Request], table_BP: torch.Tensor, state: State, sampling: Sampling
-    ) -> Outcome:
-        """One cycle; what belongs to ``requests`` is made by `table` and `sampling`."""
-        self._restrict(sampling, requests, state.drafts)
-        return cycle.decode(
-            self.method, self._cache.k_LNKTD, self._cache.v_LNKTD, table_BP, state, sampling
+        self,
+        method: Method,
+        requests: Sequence[Request],
+        table_BP: torch.Tensor,
+        state: State,
+        sampling: Sampling,
+    ) -> Launch:
+        """One cycle of ``method``, which is the runner's own but for the layout."""
+        if self._graphs is not None and not any(_by_hand(r) for r in requests):
+            try:
+                return self._graphs.decode(method, table_BP, state, sampling)
+            except CaptureError as error:
+                self._do_without_graphs(error)
+        self._restrict(sampling, requests, state.drafts.resized(method.layout.block_size))
+        return _launched(
+            cycle.decode(
+                method, self._cache.k_LNKTD, self._cache.v_LNKTD, table_BP, state, sampling
+            )
         )
 
-    def prefill(self, request: Request, end: int) -> Outcome:
-        """Run what is not cached of the prompt, which has ``end`` tokens."""
-        sampling = self.sampling([request])
-        self._restrict(sampling, [request], Drafts.none(1, self.device))
-        return cycle.prefill(self.method, *self._inputs(request, end), sampling)
+    def prefill(self, requests: Sequence[Request]) -> Launch:
+        """Run what is not cached of the prompts, in one forward; the longest sets its width."""
+        texts = [r.tokens(r.cached, r.num_tokens) for r in requests]
+        width = max(map(len, texts))
+        if self._graphs is not None:
+            width = text_size(width)
+        # What fills up has to be somewhere, too: in block 0.
+        end = max(r.cached for r in requests) + width + self.method.layout.block_size
+        blocks = max(-(-end // BLOCK_TOKENS), *(len(r.lease.ids) for r in requests))
+        table_BP = upload(
+            [r.lease.ids + [0] * (blocks - len(r.lease.ids)) for r in requests],
+            self.device,
+            torch.int32,
+        )
+        tokens_BC = upload([text + [0] * (width - len(text)) for text in texts], self.device)
+        count_B = upload([len(text) for text in texts], self.device)
+        start_B = upload([r.cached for r in requests], self.device)
+        sampling = self.sampling(requests)
+        if self._graphs is not None and not any(_by_hand(r) for r in requests):
+            try:
+                return self._graphs.prefill(
+                    self.method, table_BP, tokens_BC, count_B, start_B, sampling
+                )
+            except CaptureError as error:
+                self._do_without_graphs(error)
+        self._restrict(sampling, requests, Drafts.none(len(requests), self.device))
+        k_LNKTD, v_LNKTD = self._cache.k_LNKTD, self._cache.v_LNKTD
+        return _launched(
+            cycle.prefill(
+                self.method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, sampling
+            )
+        )
 
     def cache(self, request: Request, end: int) -> None:
         """Cache the tokens before ``end`` that are not cached yet."""
-        cycle.cache(self.method, *self._inputs(request, end))
-
-    def table(self, requests: Sequence[Request]) -> torch.Tensor:
-        """``table_BP``: the blocks of ``requests``, int32."""
-        return self._cache.table([request.lease for request in requests])
+        cycle.cache(
+            self.method,
+            self._cache.k_LNKTD,
+            self._cache.v_LNKTD,
+            upload([request.lease.ids], self.device, torch.int32),
+            upload([request.tokens(request.cached, end)], self.device),
+            upload([request.cached], self.device),
+        )
 
     def sampling(self, requests: Sequence[Request]) -> Sampling:
         """The sampling parameters of ``requests`` and what their penalties count, now."""
@@ -60,18 +127,11 @@ class Runner:
 
     def select(self, state: State, rows: Sequence[int]) -> State:
         """The requests at ``rows`` of ``state``."""
-        return state.select(torch.tensor(rows, dtype=torch.int64, device=self.device))
+        return state.select(upload(rows, self.device, torch.int64))
 
-    def _inputs(
-        self, request: Request, end: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return (
-            self._cache.k_LNKTD,
-            self._cache.v_LNKTD,
-            self.table([request]),
-            torch.tensor([request.tokens(request.cached, end)], device=self.device),
-            torch.tensor([request.cached], device=self.device),
-        )
+    def _do_without_graphs(self, error: CaptureError) -> None:
+        logger.warning("No CUDA graphs: %s. Every kernel is launched by itself now.", error)
+        self._graphs = None
 
     def _restrict(self, sampling: Sampling, requests: Sequence[Request], drafts: Drafts) -> None:
         """Let grammars say what may follow each of the model's own rows of this forward."""
@@ -83,3 +143,12 @@ class Runner:
             [t[:count] for t, count in zip(tokens, counts, strict=True)],
             rows=drafts.tokens_BM.shape[1] + 1,
         ).to(self.device)
+
+
+def _by_hand(request: Request) -> bool:
+    """Whether the host takes part in its forwards."""
+    return request.params.constrained or request.params.logprobs is not None
+
+
+def _launched(outcome: Outcome) -> Launch:
+    return Launch(outcome.state, outcome.packed(), outcome.rows, outcome.logits_BNV)

@@ -21,7 +21,8 @@ class Scheduler:
 
     Args:
         max_batch: requests that run at once.
-        num_rows: in-flight rows of one forward; a request holds blocks for them too.
+        num_rows: in-flight rows of one forward, and tokens of those that are launched ahead; a
+            request holds blocks for them too.
     Attributes:
         waiting: in the order in which they will be admitted.
         prefilling: the one whose text is being run.
@@ -54,18 +55,26 @@ class Scheduler:
         for request in [*self.waiting, *self.running, *filter(None, [self.prefilling])]:
             self.remove(request)
 
+    def grow(self) -> bool:
+        """Make room for the next forward of those that run; whether there is room for all."""
+        return all(self._has_room(request) for request in self.running)
+
     def schedule(self) -> None:
-        """Make room for the next forward of those that run, then admit who fits."""
+        """Make room for the next forward of those that run, then `admit`.
+
+        Who has to leave goes on later from the tokens that it has now.
+        """
         before = self.preemptions
         for request in list(self.running):
-            while request.phase is Phase.RUNNING and not self.pool.grow(
-                request.lease, request.cached + self.num_rows
-            ):
+            while request.phase is Phase.RUNNING and not self._has_room(request):
                 self._preempt_last()
-        if self.preemptions > before:
-            return
+        if self.preemptions == before:
+            self.admit()
+
+    def admit(self) -> None:
+        """Begin with those that wait, until one of them has text to be run."""
         while self.waiting and self.prefilling is None and len(self.running) < self.max_batch:
-            if not self._admit(self.waiting[0]):
+            if not self._lease(self.waiting[0]):
                 return
             self._begin(self.waiting.pop(0))
 
@@ -75,7 +84,10 @@ class Scheduler:
         request.phase = Phase.RUNNING
         insort(self.running, request, key=_order)
 
-    def _admit(self, request: Request) -> bool:
+    def _has_room(self, request: Request) -> bool:
+        return self.pool.grow(request.lease, request.cached + self.num_rows)
+
+    def _lease(self, request: Request) -> bool:
         """Give ``request`` its blocks, those of others that are the same first."""
         pool, lease = self.pool, request.lease
         # The last token's row is computed in any case: what follows it is wanted.

@@ -15,6 +15,8 @@ class EngineStats:
         preemptions: times that a request had to leave because blocks ran out.
         evictions: cached blocks that nobody held and whose place was needed.
         failed_forwards: those that raised; each request of one was then tried alone.
+        plans: forwards of each layout and stride (``quadratic:4``) that a policy chose.
+        waited: seconds for which the host had nothing to do but to wait for the device.
     """
 
     waiting: int
@@ -25,3 +27,5 @@ class EngineStats:
     preemptions: int
     evictions: int
     failed_forwards: int
+    waited: float
+    plans: dict[str, int]

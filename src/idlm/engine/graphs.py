@@ -1,0 +1,332 @@
+"""Decoding cycles as captured CUDA graphs that update their own inputs.
+
+A graph is `cycle.decode` and nothing else, captured for so many requests, one layout and one kind
+of sampling. Its inputs are tensors that stay where they are: it writes the state that it ends with
+where it found the state that it began with. So the host has to do nothing between two forwards of
+the same requests but to launch the next, long before it knows what the last one brought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from idlm.decoding import cycle
+from idlm.decoding.cycle import Method, Outcome, State
+from idlm.decoding.sampling import Sampling
+from idlm.decoding.verify import Drafts
+from idlm.engine.commit import Launch
+from idlm.engine.kv_cache import KVCache
+
+LEAST_TEXT = 16  # tokens of a captured prefill
+
+
+class CaptureError(RuntimeError):
+    """A cycle could not be captured; it may still run launch by launch."""
+
+
+class Graphs:
+    """The graphs of an engine, each captured when it is first needed.
+
+    Args:
+        table_width: blocks that a request holds at most.
+        places, candidates: drafts of a request at most, and tokens among which each was chosen.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        device: torch.device,
+        table_width: int,
+        places: int,
+        candidates: int,
+    ) -> None:
+        self._cache, self._device, self._width = cache, device, table_width
+        self._draft_shape = places, candidates
+        self._inputs: dict[tuple[object, ...], Inputs] = {}
+        self._texts: dict[tuple[object, ...], Texts] = {}
+        self._graphs: dict[tuple[object, ...], Graph] = {}
+        self._pool: Any = None  # memory that all graphs share
+
+    def decode(
+        self, method: Method, table_BP: torch.Tensor, state: State, sampling: Sampling
+    ) -> Launch:
+        """`cycle.decode`; the state of the outcome is overwritten by the next call."""
+        B = len(state.pending_B)
+        size = _power(B)
+        kind = (size, *sampling.kind)
+        if kind not in self._inputs:
+            self._inputs[kind] = Inputs.empty(size, self._width, *self._draft_shape, sampling)
+        inputs, key = self._inputs[kind], (*kind, method.layout)
+        if key not in self._graphs:
+
+            def run() -> Outcome:
+                caches = self._cache.k_LNKTD, self._cache.v_LNKTD
+                return cycle.decode(method, *caches, inputs.table_BP, inputs.state, inputs.sampling)
+
+            self._graphs[key] = self._captured(run, inputs)
+        inputs.take(table_BP, state, sampling)
+        graph = self._graphs[key]
+        graph.graph.replay()
+        state = inputs.state_of(B)
+        return Launch(state, graph.packed_BX[:B], graph.rows, None, graph.seconds)
+
+    def prefill(
+        self,
+        method: Method,
+        table_BP: torch.Tensor,
+        tokens_BC: torch.Tensor,
+        count_B: torch.Tensor,
+        start_B: torch.Tensor,
+        sampling: Sampling,
+    ) -> Launch:
+        """`cycle.prefill`."""
+        B, C = tokens_BC.shape
+        key = ("prefill", _power(B), C, *sampling.kind, method.layout)
+        if key not in self._texts:
+            texts = Texts.empty(_power(B), C, self._width, sampling)
+
+            def run() -> Outcome:
+                caches = self._cache.k_LNKTD, self._cache.v_LNKTD
+                inputs = texts.table_BP, texts.tokens_BC, texts.count_B, texts.start_B
+                return cycle.prefill(method, *caches, *inputs, texts.sampling)
+
+            self._texts[key] = texts
+            self._graphs[key] = self._captured(run, texts)
+        self._texts[key].take(table_BP, tokens_BC, count_B, start_B, sampling)
+        graph = self._graphs[key]
+        graph.graph.replay()
+        rows = torch.arange(B, device=self._device)
+        return Launch(graph.state.select(rows), graph.packed_BX[:B], graph.rows, None)
+
+    def _captured(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> Graph:
+        """Capture one cycle over ``inputs``, which are not changed.
+
+        Raises:
+            CaptureError: it cannot be captured here.
+        """
+        kept = [tensor.clone() for tensor in inputs.tensors]
+        try:
+            inputs.clear()
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                # What is compiled or allocated once is not part of the graph.
+                outcome = run()
+                outcome.packed()
+                inputs.go_on(outcome.state)
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            inputs.clear()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                outcome = run()
+                packed_BX = outcome.packed()
+                state = inputs.go_on(outcome.state)
+            self._pool = graph.pool()
+            seconds = _timed(graph)
+        except Exception as error:
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
+        finally:
+            for tensor, before in zip(inputs.tensors, kept, strict=True):
+                tensor.copy_(before)
+        return Graph(graph, packed_BX, state, outcome.rows, seconds)
+
+
+def _timed(graph: torch.cuda.CUDAGraph, times: int = 3) -> float:
+    """Seconds that it takes."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    start.record()
+    for _ in range(times):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / times * 1e-3
+
+
+def _power(n: int) -> int:
+    """The least power of two from ``n``."""
+    return 1 << (n - 1).bit_length()
+
+
+def text_size(tokens: int) -> int:
+    """Tokens that a captured prefill of so many has room for."""
+    return max(_power(tokens), LEAST_TEXT)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured cycle, where it leaves what it brought, and what it takes on short texts."""
+
+    graph: torch.cuda.CUDAGraph
+    packed_BX: torch.Tensor
+    state: State
+    rows: int
+    seconds: float
+
+
+@dataclass
+class Inputs:
+    """What the graphs of one size and kind of sampling read and write.
+
+    Rows of nobody have no tokens and write into block 0, which is nobody's.
+
+    Attributes:
+        real_B: int64, 1 for rows of requests, 0 for rows of nobody.
+    """
+
+    table_BP: torch.Tensor
+    state: State
+    sampling: Sampling
+    real_B: torch.Tensor
+    _taken: tuple[object, object, object] = (None, None, None)
+
+    @classmethod
+    def empty(
+        cls, size: int, table_width: int, places: int, candidates: int, sampling: Sampling
+    ) -> Inputs:
+        """Rows of nobody."""
+        zeros_B = torch.zeros_like(sampling.seed_B[:1]).repeat(size)
+        ids_BMK = zeros_B.new_zeros(size, places, candidates)
+        return cls(
+            torch.zeros(size, table_width, dtype=torch.int32, device=zeros_B.device),
+            State(
+                zeros_B,
+                zeros_B.clone(),
+                Drafts(ids_BMK[..., 0].clone(), ids_BMK, ids_BMK.float(), zeros_B.clone()),
+            ),
+            _like(sampling, size),
+            zeros_B.clone(),
+        )
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        drafts = self.state.drafts
+        return [
+            self.table_BP,
+            self.state.pending_B,
+            self.state.length_B,
+            *(getattr(drafts, f.name) for f in fields(drafts)),
+            *self.sampling.tensors.values(),
+            self.real_B,
+        ]
+
+    def clear(self) -> None:
+        """Let all rows be nobody's."""
+        for tensor in self.tensors:
+            tensor.zero_()
+        _neutral(self.sampling)
+
+    def take(self, table_BP: torch.Tensor, state: State, sampling: Sampling) -> None:
+        """Take over what is not the same objects as in the last call."""
+        B, taken = len(state.pending_B), self._taken
+        if taken[1] is not state or taken[2] is not sampling:
+            self.clear()
+            self.real_B[:B] = 1
+            for name, tensor in self.sampling.tensors.items():
+                tensor[:B] = sampling.tensors[name]
+            self._take_state(state, B)
+        if taken[0] is not table_BP or taken[1] is not state or taken[2] is not sampling:
+            self.table_BP[:B, : table_BP.shape[1]] = table_BP
+        self._taken = (table_BP, state, sampling)
+
+    def state_of(self, B: int) -> State:
+        """The first ``B`` rows of the state, which the next graph overwrites."""
+        drafts = self.state.drafts
+        state = State(
+            self.state.pending_B[:B],
+            self.state.length_B[:B],
+            Drafts(*(getattr(drafts, f.name)[:B] for f in fields(drafts))),
+        )
+        self._taken = (self._taken[0], state, self._taken[2])
+        return state
+
+    def go_on(self, state: State) -> State:
+        """Write ``state`` over the one that it came from; rows of nobody stay short."""
+        self._take_state(state, len(self.real_B))
+        self.state.length_B.mul_(self.real_B)
+        return self.state
+
+    def _take_state(self, state: State, B: int) -> None:
+        own = self.state.drafts
+        drafts = state.drafts.resized(*own.ids_BMK.shape[1:])
+        self.state.pending_B[:B] = state.pending_B
+        self.state.length_B[:B] = state.length_B
+        for field in fields(own):
+            getattr(own, field.name)[:B] = getattr(drafts, field.name)
+
+
+@dataclass
+class Texts:
+    """What a graph of `cycle.prefill` reads; rows of nobody are one token in block 0."""
+
+    table_BP: torch.Tensor
+    tokens_BC: torch.Tensor
+    count_B: torch.Tensor
+    start_B: torch.Tensor
+    sampling: Sampling
+
+    @classmethod
+    def empty(cls, size: int, tokens: int, table_width: int, sampling: Sampling) -> Texts:
+        """Rows of nobody."""
+        device = sampling.seed_B.device
+        return cls(
+            torch.zeros(size, table_width, dtype=torch.int32, device=device),
+            torch.zeros(size, tokens, dtype=torch.int64, device=device),
+            torch.ones(size, dtype=torch.int64, device=device),
+            torch.zeros(size, dtype=torch.int64, device=device),
+            _like(sampling, size),
+        )
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them."""
+        own = [self.table_BP, self.tokens_BC, self.count_B, self.start_B]
+        return [*own, *self.sampling.tensors.values()]
+
+    def clear(self) -> None:
+        """Let all rows be nobody's."""
+        for tensor in self.tensors:
+            tensor.zero_()
+        self.count_B.fill_(1)
+        _neutral(self.sampling)
+
+    def take(
+        self,
+        table_BP: torch.Tensor,
+        tokens_BC: torch.Tensor,
+        count_B: torch.Tensor,
+        start_B: torch.Tensor,
+        sampling: Sampling,
+    ) -> None:
+        """Take over the rows of requests."""
+        self.clear()
+        B, P = table_BP.shape
+        self.table_BP[:B, :P] = table_BP
+        self.tokens_BC[:B], self.count_B[:B], self.start_B[:B] = tokens_BC, count_B, start_B
+        for name, tensor in self.sampling.tensors.items():
+            tensor[:B] = sampling.tensors[name]
+
+    def go_on(self, state: State) -> State:
+        """What the answers begin with; nothing is written back."""
+        return state
+
+
+def _like(sampling: Sampling, size: int) -> Sampling:
+    """``size`` requests of the same kind, with parameters that do nothing."""
+    like = copy(sampling)
+    for name, tensor in sampling.tensors.items():
+        setattr(like, name, tensor.new_zeros((size, *tensor.shape[1:])))
+    _neutral(like)
+    return like
+
+
+def _neutral(sampling: Sampling) -> None:
+    sampling.temperature_B.fill_(1.0)
+    if sampling.top_k_B is not None:
+        sampling.top_k_B.fill_(1)

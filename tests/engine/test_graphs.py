@@ -1,0 +1,133 @@
+"""Cycles that update their own inputs: the same tokens as the same cycles with inputs of their own.
+
+On a GPU they are captured graphs; elsewhere, a replay runs the cycle again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from idlm import LLM, SamplingParams
+from idlm.decoding.cycle import Method, Outcome
+from idlm.decoding.layout import Layout
+from idlm.decoding.propose import num_candidates
+from idlm.engine.engine import Engine
+from idlm.engine.graphs import Graphs, Inputs, Texts
+from idlm.engine.kv_cache import KVCache
+from tests.support.random_model import random_adapter, random_config, random_decoder
+from tests.support.tiny import tiny_model
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 50},
+    {"temperature": 0.7, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"temperature": 0.9, "min_p": 0.05, "logit_bias": {5: 1.0}},
+    {"temperature": 0, "logprobs": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """A random model, for its tokenizer; context 512."""
+    folder = tiny_model(tmp_path_factory.mktemp("tiny"), mask_token_id=7)
+    return LLM(folder, dtype="float32", device=DEVICE.type)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    config = random_config(320, eos_token_ids=(2,))
+    decoder = random_decoder(config, peakedness=1.5).to(DEVICE)
+    return decoder, random_adapter(config).to(DEVICE).freeze()
+
+
+class Again:
+    """In place of a graph: what it would do, done again."""
+
+    def __init__(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> None:
+        self.graph, self._run, self._inputs, self.seconds = self, run, inputs, 1.0
+
+    def replay(self) -> None:
+        outcome = self._run()
+        self.packed_BX, self.rows = outcome.packed(), outcome.rows
+        self.state = self._inputs.go_on(outcome.state)
+
+
+class UncapturedGraphs(Graphs):
+    def _captured(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> Any:
+        return Again(run, inputs)
+
+
+def engine_of(llm: LLM, model: Any, layout: str, stride: int, rule: str, **options: Any) -> Engine:
+    decoder, adapter = model
+    rows = Layout.named(layout, stride)
+    method = Method(decoder, adapter if rows.num_masks else None, rows, rule)
+    cache = KVCache(decoder.config, DEVICE, torch.float32, 8192, wanted=0)
+    options = {"max_batch": 16, "ahead": True} | options
+    engine = Engine(method, llm.tokenizer, cache=cache, device=DEVICE, **options)
+    if DEVICE.type == "cpu":
+        candidates = num_candidates(DEVICE, decoder.config.vocab_size)
+        engine._runner._graphs = UncapturedGraphs(cache, DEVICE, 80, rows.block_size, candidates)
+    return engine
+
+
+def run(engine: Engine, kinds: list[dict[str, Any]], count: int) -> list[list[int]]:
+    requests = []
+    for i in range(count):
+        params = SamplingParams(seed=i, max_tokens=8 + 7 * i % 24, **kinds[i % len(kinds)])
+        requests.append(engine.add([9 + i] * (3 + 5 * i % 37), params))
+        for _ in range(i % 3):
+            engine.step()
+    for _ in range(3000):
+        if not engine.busy:
+            break
+        engine.step()
+    assert not engine.busy and engine.stats.kv_tokens == 0
+    for request in requests:
+        if request.error is not None:
+            raise request.error
+    return [request.token_ids for request in requests]
+
+
+@pytest.mark.parametrize("kinds", [PARAMS[:1], PARAMS[:5], PARAMS])
+@pytest.mark.parametrize("rule", ["rejection", "coupled"])
+@pytest.mark.parametrize(("layout", "stride"), [("ar", 1), ("linear", 4), ("quadratic", 4)])
+def test_tokens_are_those_of_single_launches(
+    llm: LLM, model: Any, layout: str, stride: int, rule: str, kinds: list[dict[str, Any]]
+) -> None:
+    captured = engine_of(llm, model, layout, stride, rule)
+    plain = engine_of(llm, model, layout, stride, rule, ahead=False)
+    plain._runner._graphs = None
+    assert run(captured, kinds, 7) == run(plain, kinds, 7)
+
+
+@pytest.mark.parametrize(("layout", "stride"), [("linear", 4), ("quadratic", 4)])
+def test_coupled_tokens_are_those_of_autoregression(
+    llm: LLM, model: Any, layout: str, stride: int
+) -> None:
+    kinds = [PARAMS[0], PARAMS[1], PARAMS[2]]
+    strided = run(engine_of(llm, model, layout, stride, "coupled"), kinds, 12)
+    assert strided == run(engine_of(llm, model, "ar", 1, "coupled"), kinds, 12)
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_in_between(llm: LLM, model: Any) -> None:
+    """A launch of a batch that stays the same waits for nothing."""
+    engine = engine_of(llm, model, "quadratic", 4, "coupled")
+    for i in range(4):
+        engine.add([9 + i] * 5, SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
+    for _ in range(12):
+        engine.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            for _ in range(3):
+                engine._batch.launch(engine.method)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
