@@ -15,6 +15,7 @@ from idlm.decoding.cycle import Method
 from idlm.decoding.layout import Layout
 from idlm.decoding.metrics import DecodeStats
 from idlm.decoding.params import SamplingParams
+from idlm.decoding.policy import Policy, plans
 from idlm.decoding.verify import check_rule
 from idlm.engine.engine import Engine
 from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 Message = dict[str, str]
 
+# Masks in a block of a fully converted model, which does not say what it was trained with.
+MOST_MASKS = 3
 DEFAULT_ADAPTER = "smollm2-135m-instruct"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -74,9 +77,11 @@ class LLM:
         model: folder in Hugging Face form, GGUF file or hub id; None: SmolLM2-135M-Instruct.
         adapter: folder or hub id of an adapter; None: ours for the default model, else none;
             "none": the bare base model, decoded autoregressively.
-        stride: tokens that one forward may commit, 1 to 16.
+        stride: tokens that one forward may commit, 1 to 16; ``auto``: layout and stride of every
+            forward are chosen by what it costs here and what it brings (`idlm.decoding.policy`).
         layout: ``quadratic``, ``linear`` or ``ar`` (see `idlm.decoding.layout`).
-        verification: ``rejection`` or ``coupled`` (see `idlm.decoding.verify`).
+        verification: ``rejection`` or ``coupled`` (see `idlm.decoding.verify`). Beside ``auto``
+            only ``coupled`` gives the same text for the same seed again.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1`` ...
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         max_batch: requests that run at once; more wait.
@@ -91,7 +96,7 @@ class LLM:
         model: str | Path | None = None,
         adapter: str | Path | None = None,
         *,
-        stride: int = 4,
+        stride: int | str = 4,
         layout: str = "quadratic",
         verification: str = "rejection",
         device: str = "auto",
@@ -99,7 +104,8 @@ class LLM:
         max_batch: int = 32,
         kv_cache_tokens: int | None = None,
     ) -> None:
-        rows = Layout.named(layout, stride)
+        auto = stride == "auto"
+        rows = Layout.named("quadratic", 4) if auto else Layout.named(layout, stride)  # type: ignore[arg-type]
         check_rule(verification)
         self.device = _device(device)
         self.dtype = _dtype(dtype, self.device)
@@ -124,13 +130,17 @@ class LLM:
             loaded.share_embedding(decoder.embed.weight)
         self.tokenizer = Tokenizer.load(folder)
         self._max_batch = max_batch
+        self._plans = plans(MOST_MASKS if loaded is None else loaded.config.block_size)
+        self._auto = auto and rows.num_masks > 0
+        longest = max(self._plans if self._auto else [rows], key=lambda x: x.num_rows)
         self._method = Method(decoder, loaded, rows, verification)
         self._cache = KVCache(
             config,
             self.device,
             self.dtype,
             kv_cache_tokens,
-            wanted=max_batch * (config.max_position_embeddings + rows.num_rows + BLOCK_TOKENS),
+            wanted=max_batch
+            * (config.max_position_embeddings + longest.num_rows + longest.stride + BLOCK_TOKENS),
         )
 
     @property
@@ -179,6 +189,7 @@ class LLM:
             cache=self._cache,
             device=self.device,
             max_batch=self._max_batch,
+            policy=Policy(self._plans) if self._auto else None,
         )
 
     def generate(
@@ -241,6 +252,7 @@ class LLM:
         other.__dict__.pop("_engine", None)
         if adapter is None and self.config.mask_token_id is None and layout.num_masks > 0:
             raise InvalidRequestError("This model has no adapter; only layout 'ar' can be decoded.")
+        other._auto = False
         other._method = Method(self._method.decoder, adapter, layout, rule)
         return other
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from idlm import LLM, SamplingParams
 from idlm.decoding.cycle import Method
 from idlm.decoding.layout import Layout
+from idlm.decoding.policy import Policy, plans
 from idlm.engine.engine import Engine
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.request import FinishReason, Phase, Request
@@ -63,12 +64,23 @@ def engine_of(
     kv_cache_tokens: int = 4096,
     max_batch: int = 4,
     chunk: int = 512,
+    ahead: bool = False,
+    policy: Policy | None = None,
 ) -> Engine:
     decoder, adapter = model
     rows, cpu = Layout.named(layout, stride), torch.device("cpu")
     method = Method(decoder, adapter if rows.num_masks else None, rows, rule)
     cache = KVCache(decoder.config, cpu, torch.float32, kv_cache_tokens, wanted=0)
-    return Engine(method, llm.tokenizer, cache=cache, device=cpu, max_batch=max_batch, chunk=chunk)
+    return Engine(
+        method,
+        llm.tokenizer,
+        cache=cache,
+        device=cpu,
+        max_batch=max_batch,
+        chunk=chunk,
+        ahead=ahead,
+        policy=policy,
+    )
 
 
 def run(engine: Engine, steps: int = 3000) -> None:
@@ -117,6 +129,7 @@ prompts = st.lists(
     kv_cache_tokens=st.integers(112, 260),
     max_batch=st.integers(1, 5),
     chunk=st.integers(1, 40),
+    ahead=st.booleans(),
 )
 def test_nothing_that_happens_around_a_request_changes_its_tokens(
     llm: LLM,
@@ -128,6 +141,7 @@ def test_nothing_that_happens_around_a_request_changes_its_tokens(
     kv_cache_tokens: int,
     max_batch: int,
     chunk: int,
+    ahead: bool,
 ) -> None:
     common = [5 + n % 7 for n in range(40)]
     engine = engine_of(
@@ -139,6 +153,7 @@ def test_nothing_that_happens_around_a_request_changes_its_tokens(
         kv_cache_tokens=kv_cache_tokens,
         max_batch=max_batch,
         chunk=chunk,
+        ahead=ahead,
     )
     requests: dict[int, Request] = {}
     aborted: set[int] = set()
@@ -168,12 +183,12 @@ def test_nothing_that_happens_around_a_request_changes_its_tokens(
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("layout", "stride"), LAYOUTS)
+@pytest.mark.parametrize(("layout", "stride", "ahead"), [(*LAYOUTS[2], False), (*LAYOUTS[1], True)])
 def test_a_preempted_request_goes_on_as_if_nothing_had_been(
-    llm: LLM, model: Any, layout: str, stride: int, rule: str
+    llm: LLM, model: Any, layout: str, stride: int, rule: str, ahead: bool
 ) -> None:
     """With statistics, too: the same forwards, with the same drafts."""
-    small = engine_of(llm, model, layout, stride, rule, kv_cache_tokens=128, chunk=16)
+    small = engine_of(llm, model, layout, stride, rule, kv_cache_tokens=128, chunk=16, ahead=ahead)
     wide = engine_of(llm, model, layout, stride, rule)
     cases = [([9 + i] * 20, params_of(i, 40)) for i in range(4)]
     requests = [small.add(*case) for case in cases]
@@ -191,6 +206,31 @@ def test_a_preempted_request_goes_on_as_if_nothing_had_been(
             assert getattr(request.stats, name) == getattr(undisturbed.stats, name), name
         assert request.stats.overlap == pytest.approx(undisturbed.stats.overlap, rel=1e-4)
     assert_empty(small)
+
+
+class Erratic(Policy):
+    """Another plan for every forward, whatever it costs."""
+
+    def choose(self, requests: int) -> Layout:
+        index = sum(self.chosen.values())
+        self.chosen[str(index)] += 1
+        return self.plans[(index * index + index // 3) % len(self.plans)]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_plans_that_change_all_the_time_change_no_token(llm: LLM, model: Any, ahead: bool) -> None:
+    engine = engine_of(
+        llm, model, "quadratic", 4, "coupled", ahead=ahead, policy=Erratic(plans(7)), chunk=16
+    )
+    lonely = engine_of(llm, model, "ar", 1, "coupled", max_batch=1)
+    cases = [([9 + i] * (5 + 9 * i), params_of(i, 40)) for i in range(6)]
+    cases.append(([5, 6], SamplingParams(temperature=0, regex="[a-z ]{30}", max_tokens=40)))
+    requests = [engine.add(*case) for case in cases]
+    run(engine)
+    for case, request in zip(cases, requests, strict=True):
+        assert request.error is None
+        assert request.token_ids == alone(lonely, *case)
+    assert_empty(engine)
 
 
 def test_shared_prefixes_are_not_computed_again(llm: LLM, model: Any) -> None:
@@ -240,9 +280,8 @@ def test_hundreds_wait_and_come_in_order_of_priority_and_arrival(llm: LLM, model
     order: list[int] = []
     while engine.busy:
         engine.step()
-        order += sorted(
-            r.id for r in requests if r.started and r.id not in order
-        )  # those that began in this step
+        began = [r for r in requests if r.started and r.id not in order]
+        order += [r.id for r in sorted(began, key=lambda r: (r.priority, r.id))]
     assert order == [*range(0, 200, 2), *range(1, 200, 2)]
     assert all(r.finish_reason is FinishReason.LENGTH for r in requests)
     assert_empty(engine)
@@ -262,9 +301,12 @@ def test_under_overload_everybody_ends(llm: LLM, model: Any) -> None:
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("phase", list(Phase))
-def test_abort_in_every_phase(llm: LLM, model: Any, phase: Phase) -> None:
-    engine = engine_of(llm, model, "quadratic", 3, "rejection", kv_cache_tokens=160, chunk=8)
+def test_abort_in_every_phase(llm: LLM, model: Any, phase: Phase, ahead: bool) -> None:
+    engine = engine_of(
+        llm, model, "quadratic", 3, "rejection", kv_cache_tokens=160, chunk=8, ahead=ahead
+    )
     cases = [(list(range(3, 33)), params_of(i, 80)) for i in range(4)]
     requests = [engine.add(*case) for case in cases]
     for _ in range(1000):
@@ -303,12 +345,13 @@ def poison(model: Any) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("where", ["prefill", "decode"])
 @pytest.mark.parametrize(("layout", "stride"), LAYOUTS)
 def test_a_request_that_makes_forwards_fail_fails_alone(
-    llm: LLM, model: Any, layout: str, stride: int, where: str
+    llm: LLM, model: Any, layout: str, stride: int, where: str, ahead: bool
 ) -> None:
-    engine = engine_of(llm, model, layout, stride, "rejection")
+    engine = engine_of(llm, model, layout, stride, "rejection", ahead=ahead)
     harmless = {POISON: -100.0}  # for tokens and drafts
     good = [
         engine.add([9, 11 + i], replace(params_of(i, 30), logit_bias=harmless)) for i in range(3)
@@ -381,6 +424,25 @@ def test_layouts_of_one_model_share_its_memory(tmp_path: Path) -> None:
         ar.generate(prompt, params)
     stream.close()  # type: ignore[attr-defined]
     assert ar.generate(prompt, params)[0].token_ids == expected
+
+
+def test_auto_changes_no_token(llm: LLM, tmp_path: Path) -> None:
+    auto = LLM(
+        tiny_model(tmp_path, mask_token_id=7),
+        dtype="float32",
+        stride="auto",
+        verification="coupled",
+    )
+    fixed = auto.with_layout("linear", 4)
+    params = [SamplingParams(temperature=t, seed=3, max_tokens=60, ignore_eos=True) for t in (0, 1)]
+    outputs = auto.generate([[5, 6], [9, 10, 11]], params)
+    for output, expected in zip(
+        outputs, fixed.generate([[5, 6], [9, 10, 11]], params), strict=True
+    ):
+        assert output.token_ids == expected.token_ids
+    tried = auto._engine.stats.plans
+    assert sum(tried.values()) >= max(len(o.token_ids) // 4 for o in outputs)
+    assert "ar:1" in tried and fixed._engine.stats.plans == {}
 
 
 def test_offline_outputs_name_the_error_of_a_failed_request(llm: LLM) -> None:

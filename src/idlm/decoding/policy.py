@@ -1,0 +1,110 @@
+"""Which layout and stride the next forward has: the one that brings most tokens a second.
+
+What a forward costs is measured, by the number of requests; what it brings follows from how often
+drafts stand at each place. Both rules of verification are exact for any drafts, so a plan may
+follow any other: what it does not need of the drafts that there are is cut off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from idlm.decoding.layout import Layout
+
+# Another plan has to be better by this factor; forwards until it is asked again.
+BETTER, PATIENCE = 1.05, 8
+# What is assumed of the first place, and how many observations that is worth.
+ACCEPTANCE, WORTH = 0.8, 8.0
+# Observations of a place that count; older ones fade.
+MEMORY = 1000.0
+STRIDES = {"linear": (2, 4), "quadratic": (3, 4, 6, 8)}
+
+
+def plans(block_size: int) -> tuple[Layout, ...]:
+    """What is to be chosen from, for a model whose mask blocks were trained with so many masks."""
+    named = [Layout.named(name, n) for name, strides in STRIDES.items() for n in strides]
+    return (Layout.named("ar", 1), *(x for x in named if x.block_size <= block_size))
+
+
+class Policy:
+    """Chooses among ``plans``, by what it was told.
+
+    Attributes:
+        chosen: how often each plan was chosen, by its name and stride (``quadratic:4``).
+    """
+
+    def __init__(self, plans: Sequence[Layout]) -> None:
+        self.plans = sorted(plans, key=lambda plan: plan.num_rows)
+        self.chosen: Counter[str] = Counter()
+        places = max(plan.block_size for plan in plans)
+        self._reached, self._accepted = [0.0] * places, [0.0] * places
+        self._seconds: dict[tuple[int, Layout], float] = {}
+        self._current: dict[int, tuple[Layout, int]] = {}
+
+    def choose(self, requests: int) -> Layout:
+        """The plan of the next forward of so many requests."""
+        size = _size(requests)
+        plan, left = self._current.get(size, (self.plans[0], 0))
+        if left == 0:
+            plan, left = self._best(size, plan), PATIENCE
+        # A plan that was never timed is asked about again at once.
+        self._current[size] = (plan, left - 1 if (size, plan) in self._seconds else 0)
+        self.chosen[f"{plan.name}:{plan.stride}"] += 1
+        return plan
+
+    def took(self, requests: int, plan: Layout, seconds: float) -> None:
+        """Note what a forward of so many requests cost."""
+        key = _size(requests), plan
+        before = self._seconds.get(key, seconds)
+        # What took longer than before may have been disturbed, or the first to be set up.
+        share = 0.5 if seconds < before else 0.05
+        self._seconds[key] = before + share * (seconds - before)
+
+    def saw(self, drafted: int, accepted: int) -> None:
+        """Note how many of a forward's drafts stood."""
+        for place in range(min(drafted, accepted + 1, len(self._reached))):
+            fade = 1.0 - 1.0 / MEMORY
+            self._reached[place] = self._reached[place] * fade + 1.0
+            self._accepted[place] = self._accepted[place] * fade + (place < accepted)
+
+    def acceptance(self) -> list[float]:
+        """The chance that a draft at each place stands if all before it do."""
+        chances, before = [], ACCEPTANCE
+        for accepted, reached in zip(self._accepted, self._reached, strict=True):
+            before = (accepted + WORTH * before) / (reached + WORTH)
+            chances.append(before)
+        return chances
+
+    def tokens(self, plan: Layout) -> float:
+        """Tokens that a forward is expected to bring."""
+        stood, drafts = 1.0, 0.0
+        for chance in self.acceptance()[: plan.block_size]:
+            stood *= chance
+            drafts += stood
+        if plan.name == "linear":
+            # After a rejection comes a forward without drafts, after which there are some again.
+            return 1.0 + drafts / (2.0 - stood)
+        return 1.0 + drafts
+
+    def _best(self, size: int, current: Layout) -> Layout:
+        rates = {
+            plan: self.tokens(plan) / self._seconds[size, plan]
+            for plan in self.plans
+            if (size, plan) in self._seconds
+        }
+        best = max(rates.values(), default=0.0)
+        least = 0.0  # more rows never cost less
+        for plan in self.plans:
+            if plan in rates:
+                least = max(least, self._seconds[size, plan])
+            elif least == 0.0 or self.tokens(plan) / least > best * BETTER:
+                return plan
+        if current in rates and best <= rates[current] * BETTER:
+            return current
+        return max(rates, key=lambda plan: rates[plan])
+
+
+def _size(requests: int) -> int:
+    """Numbers of requests that are told apart: powers of two."""
+    return (requests - 1).bit_length()

@@ -1,0 +1,81 @@
+"""The choice of plans: it finds the best one, and stays with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from random import Random
+
+import pytest
+
+from idlm.decoding.layout import Layout
+from idlm.decoding.policy import Policy, plans
+
+CHANCES = (0.85, 0.8, 0.75, 0.7, 0.7, 0.65, 0.65)
+
+
+def seconds(plan: Layout, requests: int, row_cost: float) -> float:
+    """Rows cost nothing until they are many: memory-bound, then compute-bound."""
+    return max(1e-3, plan.num_rows * requests * row_cost)
+
+
+def drive(
+    policy: Policy,
+    requests: int,
+    row_cost: float,
+    forwards: int,
+    chances: tuple[float, ...],
+    seed: int,
+) -> tuple[Counter[Layout], float]:
+    """Plans chosen in the last half of ``forwards``, and tokens per second there."""
+    random, chosen = Random(seed), Counter[Layout]()
+    tokens = elapsed = 0.0
+    warm = False
+    for n in range(forwards):
+        plan = policy.choose(requests)
+        cost = seconds(plan, requests, row_cost) * random.uniform(0.98, 1.02)
+        policy.took(requests, plan, cost)
+        drafted = plan.block_size if warm or plan.name == "quadratic" else 0
+        accepted = 0
+        while accepted < drafted and random.random() < chances[accepted]:
+            accepted += 1
+        policy.saw(drafted, accepted)
+        warm = plan.name == "linear" and accepted == drafted
+        if n >= forwards // 2:
+            chosen[plan] += 1
+            tokens, elapsed = tokens + 1 + accepted, elapsed + cost
+    return chosen, tokens / elapsed
+
+
+@pytest.mark.parametrize(("requests", "row_cost"), [(1, 1e-6), (32, 1e-6), (64, 4e-6), (256, 1e-5)])
+@pytest.mark.parametrize("chances", [CHANCES, (0.3,) * 7, (0.97,) * 7])
+def test_no_fixed_plan_is_much_better(
+    requests: int, row_cost: float, chances: tuple[float, ...]
+) -> None:
+    chosen, rate = drive(Policy(plans(7)), requests, row_cost, 4000, chances, 1)
+    assert max(chosen.values()) > 1900  # it stays
+    for plan in plans(7):
+        _, alone = drive(Policy([plan]), requests, row_cost, 4000, chances, 2)
+        assert rate > 0.88 * alone, plan
+
+
+def test_autoregression_where_compute_is_the_limit() -> None:
+    chosen, _ = drive(Policy(plans(7)), 256, 1e-4, 400, (0.2,) * 7, 1)
+    assert set(chosen) == {Layout.named("ar", 1)}
+
+
+def test_it_follows_a_change_of_the_texts() -> None:
+    policy = Policy(plans(7))
+    before, _ = drive(policy, 16, 1e-5, 3000, (0.97,) * 7, 1)
+    after, _ = drive(policy, 16, 1e-5, 12000, (0.02,) * 7, 2)
+    assert max(before, key=before.__getitem__).stride > max(after, key=after.__getitem__).stride
+
+
+def test_what_cannot_be_better_is_not_tried() -> None:
+    policy = Policy(plans(7))
+    drive(policy, 256, 1e-4, 300, CHANCES, 1)
+    assert "quadratic:8" not in policy.chosen
+
+
+def test_plans_have_no_more_masks_than_were_trained() -> None:
+    assert {plan.stride for plan in plans(3)} == {1, 2, 3, 4}
+    assert plans(0) == (Layout.named("ar", 1),)
