@@ -1,0 +1,329 @@
+"""Tokens per second at many concurrencies: autoregression, fixed strides, and what `auto` chooses.
+
+    python benchmarks/throughput.py --output results            # the default model, real acceptance
+    python benchmarks/throughput.py --model 8B --output results # random weights, imposed acceptance
+
+A fixed number of requests runs at any time; one that ends is replaced by the next. What is counted
+is what arrives in a window of time in which the batch is full. Writes a table (Markdown), JSON and
+a plot into the output folder. ``8B`` has the shape of Qwen3-8B and random weights; since such a
+model accepts nothing, drafts stand by a coin of the stated rates instead, and all else is as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from idlm import LLM, SamplingParams
+from idlm.decoding import cycle
+from idlm.decoding.cycle import Method
+from idlm.decoding.layout import Layout
+from idlm.decoding.metrics import DecodeStats
+from idlm.decoding.policy import Policy, plans
+from idlm.decoding.random import Stream, uniform
+from idlm.decoding.sampling import Sampling
+from idlm.decoding.verify import Drafts, Verdict, _leading, verify
+from idlm.engine.engine import Engine
+from idlm.engine.kv_cache import KVCache
+from idlm.engine.request import Request
+from idlm.model.adapter import Adapter, AdapterConfig
+from idlm.model.config import ModelConfig, RopeConfig
+from idlm.model.decoder import Decoder
+
+PROMPTS = (
+    "Explain in simple words how a refrigerator works.",
+    "Write a short story about a lighthouse keeper.",
+    "List five tips for learning a new language.",
+    "What are the main differences between cats and dogs?",
+    "Write a Python function that reverses a list.",
+    "Describe the water cycle for a child.",
+    "Give me a recipe for pancakes.",
+    "Summarize the plot of Romeo and Juliet.",
+)
+IMPOSED = (0.83, 0.78, 0.75, 0.72, 0.70, 0.68, 0.66)  # chance that place 1, 2, ... stands
+QWEN3_8B = ModelConfig(
+    model_type="qwen3",
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=40960,
+    rope=RopeConfig(1e6),
+    qk_norm=True,
+)
+
+
+@dataclass
+class Subject:
+    """A model to be measured; makes an engine for each plan."""
+
+    llm: LLM
+    own: tuple[Decoder, Adapter, KVCache] | None = None
+
+    def engine(self, plan: str, concurrency: int) -> Engine:
+        """An engine for ``ar``, ``linear:4``, ``quadratic:4``, ``auto`` ..."""
+        name, _, stride = plan.partition(":")
+        if self.own is None:
+            method, cache = self.llm._method, self.llm._cache
+        else:
+            decoder, adapter, cache = self.own
+            method = Method(decoder, adapter, Layout.named("quadratic", 4), "coupled")
+        policy = None
+        if plan == "auto":
+            policy = Policy(plans(method.adapter.config.block_size if method.adapter else 0))
+        else:
+            layout = Layout.named(name, int(stride or 1))
+            method = replace(
+                method, layout=layout, adapter=method.adapter if layout.num_masks else None
+            )
+        return Engine(
+            method,
+            self.llm.tokenizer,
+            cache=cache,
+            device=self.llm.device,
+            max_batch=concurrency,
+            policy=policy,
+        )
+
+
+def random_8b(rank: int, head_width: int) -> tuple[Decoder, Adapter, KVCache]:
+    """Random weights in the shape of Qwen3-8B, with an adapter."""
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    with torch.device("meta"):
+        decoder = Decoder(QWEN3_8B).to(dtype)
+    decoder = decoder.to_empty(device=device)
+    projections = ("qkv", "o", "gate_up", "down")
+    config = AdapterConfig(rank, rank, projections, 7, head_width, 2, None, "random")
+    adapter = Adapter(config, QWEN3_8B).to(device, dtype)
+    with torch.no_grad():
+        for module in (decoder, adapter):
+            for name, parameter in module.named_parameters():
+                if "norm" in name:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
+    cache = KVCache(QWEN3_8B, device, dtype, 300_000, wanted=0)
+    return decoder.requires_grad_(False).eval(), adapter.freeze(), cache
+
+
+def impose(rates: tuple[float, ...]) -> None:
+    """Let drafts stand by a coin, in place of the rule, which still chooses the next token."""
+    places = {}
+
+    def imposed(
+        rule: str,
+        logits_BNV: torch.Tensor,
+        drafts: Drafts,
+        position_B: torch.Tensor,
+        sampling: Sampling,
+    ) -> Verdict:
+        verdict = verify(rule, logits_BNV, drafts, position_B, sampling)
+        M = drafts.tokens_BM.shape[1]
+        if M not in places:
+            places[M] = torch.tensor(rates[:M], device=logits_BNV.device)
+        place_M = torch.arange(M, device=logits_BNV.device)
+        u_BM = uniform(sampling.seed_B[:, None], position_B[:, None] + place_M, Stream.ACCEPT)
+        accepted_B = _leading(u_BM < places[M], drafts.count_B)
+        return Verdict(accepted_B, verdict.next_B, verdict.overlap_BM)
+
+    cycle.verify = imposed
+
+
+def prompts(llm: LLM, file: Path | None, length: int | None) -> Iterator[list[int]]:
+    """Prompts without end: lines of ``file``, or questions; made ``length`` tokens long."""
+    texts = file.read_text().splitlines() if file else list(PROMPTS)
+    for i in count():
+        text = texts[i % len(texts)]
+        ids = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        if length is not None:
+            ids = ((ids[:-8] * (length // len(ids) + 1))[: length - 8] + ids[-8:])[:length]
+        yield ids
+
+
+def measure(
+    engine: Engine,
+    source: Iterator[list[int]],
+    concurrency: int,
+    params: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """Run ``concurrency`` requests at a time, and look at a window of ``seconds``."""
+    alive: list[Request] = []
+    ended: list[Request] = []
+    first: dict[int, float] = {}
+    seeds = count()
+
+    def step() -> None:
+        while len(alive) < concurrency:
+            alive.append(engine.add(next(source), SamplingParams(seed=next(seeds), **params)))
+        engine.step()
+        now = time.perf_counter()
+        for request in list(alive):
+            if request.token_ids and request.id not in first:
+                first[request.id] = now
+            if request.finished:
+                if request.error is not None:
+                    raise request.error
+                alive.remove(request)
+                ended.append(request)
+
+    def tokens() -> int:
+        return sum(len(r.token_ids) for r in (*alive, *ended))
+
+    limit = time.perf_counter() + 20 * seconds + 10
+    step()
+    while time.perf_counter() < limit and not all(r.token_ids for r in alive):
+        step()
+    warm = time.perf_counter() + seconds / 2
+    while time.perf_counter() < warm:
+        step()
+    ended.clear()
+    before, waited, start, steps = tokens(), engine.stats.waited, time.perf_counter(), 0
+    while time.perf_counter() < start + seconds:
+        step()
+        steps += 1
+    torch.cuda.synchronize()
+    elapsed = time.perf_counter() - start
+    stats = sum((r.stats for r in (*alive, *ended)), DecodeStats())
+    made = sum(len(r.token_ids) for r in (*alive, *ended))
+    tpf = made / max(stats.forwards, 1)
+    ttft = sorted(first[r.id] - r.started for r in ended if r.id in first)
+    line = {
+        "tokens_per_second": (tokens() - before) / elapsed,
+        "tpf": tpf,
+        "acceptance_by_place": stats.acceptance_by_place,
+        "compute_efficiency": tpf**2 * stats.forwards / max(stats.rows, 1),
+        "ms_per_step": elapsed / steps * 1e3,
+        "host_share": 1 - (engine.stats.waited - waited) / elapsed,
+        "ttft_ms_p50": ttft[len(ttft) // 2] * 1e3 if ttft else None,
+        "ttft_ms_p95": ttft[int(len(ttft) * 0.95)] * 1e3 if ttft else None,
+        "plans": engine.stats.plans,
+        "tpot_ms": elapsed * concurrency / (tokens() - before) * 1e3,
+    }
+    for request in alive:
+        engine.abort(request)
+    engine.close()
+    return line
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: tokens per second, times autoregression, TPF; a row for each concurrency."""
+    names = list(dict.fromkeys(line["plan"] for line in lines))
+    rows = [["requests", *names], ["---:"] * (1 + len(names))]
+    by = {(line["concurrency"], line["plan"]): line for line in lines if "tpf" in line}
+    for concurrency in dict.fromkeys(line["concurrency"] for line in lines):
+        base = by.get((concurrency, "ar"))
+        row = [str(concurrency)]
+        for plan in names:
+            line = by.get((concurrency, plan))
+            if line is None:
+                row.append("")
+                continue
+            times = line["tokens_per_second"] / base["tokens_per_second"] if base else 0
+            row.append(
+                f"{line['tokens_per_second']:.0f} ({times:.2f}x, TPF {line['tpf']:.2f}, "
+                f"{line['ms_per_step']:.2f} ms, host {line['host_share']:.0%})"
+            )
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Tokens per second over concurrency."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for plan in dict.fromkeys(line["plan"] for line in lines):
+        points = [(x["concurrency"], x["tokens_per_second"]) for x in lines if x["plan"] == plan]
+        axes.plot(*zip(*points, strict=True), marker="o", label=plan)
+    axes.set(xscale="log", yscale="log", xlabel="concurrent requests", ylabel="tokens per second")
+    axes.set_title(title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a folder; 8B: random weights; default: the default model")
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--tokenizer", help="for 8B: a model whose tokenizer is used")
+    parser.add_argument("--plans", default="ar,quadratic:4,auto")
+    parser.add_argument("--concurrency", default="1,8,32,64,128,256")
+    parser.add_argument("--prompts", type=Path, help="one prompt a line")
+    parser.add_argument("--prompt-tokens", type=int, help="default: as long as they are")
+    parser.add_argument("--output-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--window", type=float, default=1.0, help="seconds that are counted")
+    parser.add_argument("--seconds", type=float, default=240, help="begin nothing new after")
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    args = parser.parse_args()
+    end = time.monotonic() + args.seconds
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.model == "8B":
+        lender = LLM(args.tokenizer, "none", layout="ar", stride=1, kv_cache_tokens=64)
+        subject = Subject(lender, random_8b(128, 4096))
+        impose(IMPOSED)
+    else:
+        subject = Subject(
+            LLM(args.model, args.adapter, kv_cache_tokens=600_000, verification="coupled")
+        )
+    name = args.model or "default model"
+    label = f"{name} on {torch.cuda.get_device_name()}"
+    if subject.own is not None:
+        label += f", random weights, acceptance imposed: {', '.join(map(str, IMPOSED))}"
+    params = {"temperature": args.temperature, "max_tokens": args.output_tokens}
+    params["ignore_eos"] = True
+    lines: list[dict[str, Any]] = []
+    print(label, params, flush=True)
+    for concurrency in map(int, args.concurrency.split(",")):
+        for plan in args.plans.split(","):
+            if time.monotonic() > end:
+                break
+            line: dict[str, Any] = {"plan": plan, "concurrency": concurrency}
+            began = time.monotonic()
+            try:
+                source = prompts(subject.llm, args.prompts, args.prompt_tokens)
+                engine = subject.engine(plan, concurrency)
+                line |= measure(engine, source, concurrency, params, args.window)
+            except Exception:
+                traceback.print_exc()
+                continue
+            lines.append(line)
+            short = {k: round(v, 3) for k, v in line.items() if isinstance(v, float)}
+            print(
+                plan,
+                concurrency,
+                short,
+                line["plans"],
+                f"took {time.monotonic() - began:.1f} s",
+                flush=True,
+            )
+            tag = "8b" if subject.own else "default"
+            (args.output / f"throughput_{tag}.json").write_text(
+                json.dumps({"label": label, "params": params, "lines": lines}, indent=1)
+            )
+    print(table(lines))
+    (args.output / f"throughput_{tag}.md").write_text(f"{label}\n\n{table(lines)}\n")
+    plot(lines, label, args.output / f"throughput_{tag}.png")
+
+
+if __name__ == "__main__":
+    main()
