@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
 from idlm.model.checkpoint import resolve
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ import torch
 from idlm.model.attention import grouped_attention, visibility_bias, within_window
 from idlm.model.decoder import rotate
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton")
 from idlm.model.paged_kernel import PART_KEYS, Rows, attend, rotate_and_append
 
