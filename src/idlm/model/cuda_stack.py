@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Up to so many rows of all requests the weights' bytes are what a product costs, and the fused
 # kernel reads them as fast as it goes; above, the library's product is faster, unless the weight is
 # so small that launches cost more than arithmetic.
-FUSED_ROWS, FUSED_ROWS_SMALL = 128, 2048
+FUSED_ROWS, FUSED_ROWS_SMALL = 64, 2048
 SMALL_WEIGHT = 1 << 22
 PROJECTIONS = ("qkv", "o", "gate_up", "down")
 
