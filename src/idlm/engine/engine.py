@@ -161,13 +161,14 @@ class Engine:
         Returns:
             The requests that went forward; none while other engines hold the blocks.
         """
+        moved: list[Request] = []
         if not self._scheduler.grow():
-            self._read(len(self._flights))  # who has to leave leaves with all its tokens
+            moved = self._read(len(self._flights))  # who has to leave leaves with all its tokens
         self._scheduler.schedule()
         self._batch.become(self._scheduler.running)
         due = len(self._flights)
-        moved = list(self._batch.requests)
-        if moved:
+        if self._batch.requests:
+            moved += self._batch.requests
             self._decode(self._batch)
         moved += self._run_texts()
         if not self._ahead or any(request.host_bound for request in moved):
@@ -175,7 +176,7 @@ class Engine:
         self._read(due)
         if not (self._scheduler.running or self._scheduler.prefilling):
             self._flights.clear()  # of requests that ended
-        return moved
+        return list(dict.fromkeys(moved))
 
     def _decode(self, batch: Batch) -> None:
         requests = batch.requests
@@ -229,7 +230,7 @@ class Engine:
         return moved
 
     def _groups(self, requests: Sequence[Request]) -> list[list[Request]]:
-        """Prompts that share a forward: on their way to the host anyway, and of like length."""
+        """Prompts that share a forward: those of like length, if forwards are launched ahead."""
         if not self._ahead:
             return [[request] for request in requests]
         groups: dict[int, list[Request]] = {}
@@ -254,14 +255,17 @@ class Engine:
             request.state = launch.state.one(row)
             self._keep(request, request.num_tokens)
 
-    def _read(self, count: int) -> None:
-        """Give requests what the oldest ``count`` launches brought."""
+    def _read(self, count: int) -> list[Request]:
+        """Give requests what the oldest ``count`` launches brought; those that got something."""
+        given: list[Request] = []
         for _ in range(min(count, len(self._flights))):
             commit = self._flights.popleft()
             self._waited += commit.wait()
             for row, request in enumerate(commit.requests):
                 if not request.finished:
                     self._give(commit, row, request)
+                    given.append(request)
+        return given
 
     def _give(self, commit: Commit, row: int, request: Request) -> None:
         with self._blamed_on(request):
