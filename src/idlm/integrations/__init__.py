@@ -1,0 +1,1 @@
+"""Plug-ins that run I-DLM inside other programs."""

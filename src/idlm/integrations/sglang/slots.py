@@ -1,0 +1,62 @@
+"""What requests carry from one forward to the next, on the device, by the host's request slots."""
+
+from __future__ import annotations
+
+import torch
+
+from idlm.decoding.verify import Drafts
+
+
+class Slots:
+    """Drafts with their distributions, and what the last forward committed, of ``P`` slots.
+
+    Slot 0 is the host's own for rows that pad a batch: whatever is written there is lost.
+
+    Attributes:
+        committed_PN: tokens of the last forward, the first ``accepted_P + 1`` of each row, int64.
+        accepted_P: drafts that the last forward accepted, int64.
+    """
+
+    def __init__(self, slots: int, places: int, candidates: int, device: torch.device) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(slots, *shape, dtype=dtype, device=device)
+
+        self._drafts = Drafts(
+            zeros(places),
+            zeros(places, candidates),
+            zeros(places, candidates, dtype=torch.float32),
+            zeros(),
+        )
+        self.committed_PN = zeros(places + 1)
+        self.accepted_P = zeros()
+
+    def drafts(self, slot_B: torch.Tensor) -> Drafts:
+        """The drafts of the requests in these slots."""
+        return self._drafts.select(slot_B)
+
+    def count(self, slot_B: torch.Tensor) -> torch.Tensor:
+        """How many drafts these slots hold: 0 or all places, int64."""
+        return self._drafts.count_B[slot_B]
+
+    def tokens(self, slot_B: torch.Tensor) -> torch.Tensor:
+        """The drafted tokens ``[B, M]``."""
+        return self._drafts.tokens_BM[slot_B]
+
+    def clear(self, slot_B: torch.Tensor) -> None:
+        """Forget the drafts: a new request is in each of these slots."""
+        self._drafts.count_B[slot_B] = 0
+
+    def store(
+        self,
+        slot_B: torch.Tensor,
+        tokens_BN: torch.Tensor,
+        accepted_B: torch.Tensor,
+        proposals: Drafts,
+    ) -> None:
+        """Keep what a forward committed and what it proposes."""
+        self.committed_PN[slot_B] = tokens_BN
+        self.accepted_P[slot_B] = accepted_B
+        self._drafts.tokens_BM[slot_B] = proposals.tokens_BM
+        self._drafts.ids_BMK[slot_B] = proposals.ids_BMK
+        self._drafts.probs_BMK[slot_B] = proposals.probs_BMK
+        self._drafts.count_B[slot_B] = proposals.count_B
