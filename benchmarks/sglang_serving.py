@@ -1,0 +1,205 @@
+"""SGLang with and without I-DLM: the same texts? how many tokens per second and per forward?
+
+    python benchmarks/sglang_serving.py --concurrency 1 8 32 64 --seconds 8 -- \\
+        --attention-backend triton --sampling-backend pytorch --grammar-backend none
+
+What follows ``--`` goes to both servers. Greedy; every text has `TOKENS` tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from idlm.llm import DEFAULT_ADAPTER
+from idlm.model.checkpoint import resolve
+from idlm.model.tokenizer import Tokenizer
+
+TOKENS = 128
+TASKS = (
+    "Explain in a few sentences what {} is.",
+    "Write a short story about {}.",
+    "List five facts about {}.",
+    "Write a poem about {}.",
+    "What should a child know about {}?",
+)
+TOPICS = ("rain", "a lighthouse", "gravity", "bread", "the moon", "a market", "trees", "music")
+START_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one server reached with ``concurrency`` requests at a time."""
+
+    concurrency: int
+    requests: int
+    tokens_per_second: float
+    tokens_per_forward: float
+    seconds_per_request: float
+
+
+def main() -> None:
+    """Run both servers and print (or write) one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="default: the default model")
+    parser.add_argument("--adapter", default=str(files("idlm") / "adapters" / DEFAULT_ADAPTER))
+    parser.add_argument("--steps", type=int, default=3, help="stride minus one")
+    parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 8, 32, 64])
+    parser.add_argument("--seconds", type=float, default=8, help="of load at each concurrency")
+    parser.add_argument("--together", action="store_true", help="start both servers at once")
+    parser.add_argument("--logs", type=Path, default=Path("runs/sglang"))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("options", nargs="*", help="for both servers, after --")
+    args = parser.parse_args()
+    model = resolve(args.model)
+    tokenizer = Tokenizer.load(model)
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": task.format(topic)}])
+        for task in TASKS
+        for topic in TOPICS
+    ]
+    spec = ["--speculative-algorithm", "IDLM", "--speculative-num-steps", str(args.steps)]
+    servers = {
+        "ar": [],
+        "idlm": [*spec, "--speculative-draft-model-path", args.adapter],
+    }
+    args.logs.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"options": args.options, "stride": args.steps + 1}
+    texts = {}
+    with ExitStack() as all_servers:
+        started = {}
+        for number, (name, extra) in enumerate(servers.items()):
+            command = ["--model-path", str(model), "--port", str(30000 + number)]
+            run = server(args.logs / f"{name}.log", command + args.options + extra)
+            started[name] = all_servers.enter_context(run) if args.together else run
+        for name, running in started.items():
+            with ExitStack() as this_server:
+                url = running if args.together else this_server.enter_context(running)
+                begin = time.perf_counter()
+                wait(url, args.logs / f"{name}.log")
+                report[name] = {"ready_after_seconds": time.perf_counter() - begin}
+                texts[name], report[name]["load"] = asyncio.run(
+                    measure(url, prompts, args.concurrency, args.seconds)
+                )
+                print(name, json.dumps(report[name], indent=1), file=sys.stderr)
+                _write(args.output, report)
+    report["prompts"] = len(prompts)
+    report["identical_texts"] = sum(
+        a == b for a, b in zip(texts["ar"], texts["idlm"], strict=True)
+    )
+    report["speedup"] = {
+        a["concurrency"]: b["tokens_per_second"] / a["tokens_per_second"]
+        for a, b in zip(report["ar"]["load"], report["idlm"]["load"], strict=True)
+    }
+    _write(args.output, report)
+    print(json.dumps(report, indent=1))
+
+
+@contextmanager
+def server(log: Path, options: list[str]) -> Iterator[str]:
+    """A server's process; its address."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sglang.launch_server", *options, "--skip-server-warmup"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        yield f"http://127.0.0.1:{options[options.index('--port') + 1]}"
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def wait(url: str, log: Path) -> None:
+    """Until the server answers."""
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        if "kill_process_tree called" in log.read_text(errors="replace"):
+            break
+        time.sleep(0.5)
+    raise SystemExit(f"The server did not start:\n{log.read_text(errors='replace')[-8000:]}")
+
+
+async def measure(
+    url: str, prompts: list[list[int]], concurrency: list[int], seconds: float
+) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """The tokens of every prompt, then the figures at each concurrency."""
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=170, limits=limits) as client:
+        replies = await asyncio.gather(*(generate(client, p) for p in prompts))
+        figures = []
+        for count in concurrency:
+            await load(client, prompts, count, seconds / 4)
+            figures.append(asdict(await load(client, prompts, count, seconds)))
+    return [reply["output_ids"] for reply in replies], figures
+
+
+async def load(
+    client: httpx.AsyncClient, prompts: list[list[int]], concurrency: int, seconds: float
+) -> Figures:
+    """Keep ``concurrency`` requests running; none starts after ``seconds``."""
+    begin = time.perf_counter()
+    order = itertools.cycle(prompts)
+    replies: list[dict[str, Any]] = []
+
+    async def user() -> None:
+        while time.perf_counter() - begin < seconds:
+            replies.append(await generate(client, next(order)))
+
+    await asyncio.gather(*(user() for _ in range(concurrency)))
+    passed = time.perf_counter() - begin
+    tokens = sum(len(reply["output_ids"]) for reply in replies)
+    # Without speculation the host counts no forwards: each gives one token.
+    forwards = sum(
+        reply["meta_info"].get("spec_verify_ct", len(reply["output_ids"]) - 1)
+        for reply in replies
+    )
+    return Figures(
+        concurrency,
+        len(replies),
+        tokens / passed,
+        (tokens - len(replies)) / forwards,
+        passed * concurrency / len(replies),
+    )
+
+
+async def generate(client: httpx.AsyncClient, prompt: list[int]) -> dict[str, Any]:
+    """One greedy text of `TOKENS` tokens."""
+    params = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+    reply = await client.post("/generate", json={"input_ids": prompt, "sampling_params": params})
+    reply.raise_for_status()
+    result: dict[str, Any] = reply.json()
+    return result
+
+
+def _write(path: Path | None, report: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
