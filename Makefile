@@ -7,11 +7,11 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 PROMPT := Name the seven days of the week and the twelve months of the year.
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-sglang lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## set up, then generate text with AR and I-DLM and compare them
 	@echo "== demo: the same prompt with the plain model and with I-DLM (the first run fetches the model)"
@@ -20,6 +20,10 @@ demo: $(VENV)/.demo  ## set up, then generate text with AR and I-DLM and compare
 test: $(VENV)/.dev  ## set up, then run the tests
 	@echo "== test: pytest in two processes, without the tests that need a GPU"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-sglang: .venv-sglang/.done  ## set up SGLang (5 GB, Python 3.12), then run the tests of our plug-in
+	@echo "== test-sglang: pytest with SGLang's own server, on the CPU"
+	@.venv-sglang/bin/python -m pytest -m sglang tests/integrations/sglang
 
 lint: $(VENV)/.dev  ## set up, then check style and types
 	@echo "== lint: ruff and mypy"
@@ -34,7 +38,7 @@ bench: $(VENV)/.dev  ## set up, then run the benchmarks of this machine's CPU
 
 clean:  ## remove the environment and all caches
 	@echo "== clean: removing $(VENV) and the caches"
-	@rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf $(VENV) .venv-sglang build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # torch goes first and pinned: an unpinned torch may pick a build with gigabytes of CUDA libraries.
 $(VENV)/.torch:
@@ -53,4 +57,14 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 	@echo "== setup: idlm and what development needs"
 	@$(PIP) "$(TORCH)" -e ".[demo,dev,train,server]"
+	@touch $@
+
+# SGLang pins its torch, which the package index has with CUDA's libraries only.
+SGLANG_PYTHON ?= python3.12
+SGLANG_TESTS := tests/integrations/sglang
+.venv-sglang/.done: $(SGLANG_TESTS)/requirements.txt pyproject.toml
+	@echo "== setup: .venv-sglang"
+	@$(SGLANG_PYTHON) -m venv .venv-sglang
+	@.venv-sglang/bin/python -m pip install --quiet --no-compile -r $(SGLANG_TESTS)/requirements.txt
+	@.venv-sglang/bin/python -m pip install --quiet --no-compile --no-deps sglang==0.5.17 -e .
 	@touch $@

@@ -98,9 +98,7 @@ def main() -> None:
                 print(name, json.dumps(report[name], indent=1), file=sys.stderr)
                 _write(args.output, report)
     report["prompts"] = len(prompts)
-    report["identical_texts"] = sum(
-        a == b for a, b in zip(texts["ar"], texts["idlm"], strict=True)
-    )
+    report["identical_texts"] = sum(a == b for a, b in zip(texts["ar"], texts["idlm"], strict=True))
     report["speedup"] = {
         a["concurrency"]: b["tokens_per_second"] / a["tokens_per_second"]
         for a, b in zip(report["ar"]["load"], report["idlm"]["load"], strict=True)
@@ -175,8 +173,7 @@ async def load(
     tokens = sum(len(reply["output_ids"]) for reply in replies)
     # Without speculation the host counts no forwards: each gives one token.
     forwards = sum(
-        reply["meta_info"].get("spec_verify_ct", len(reply["output_ids"]) - 1)
-        for reply in replies
+        reply["meta_info"].get("spec_verify_ct", len(reply["output_ids"]) - 1) for reply in replies
     )
     return Figures(
         concurrency,

@@ -76,9 +76,7 @@ def idlm(
         yield s
 
 
-def test_greedy_text_is_that_of_sglang(
-    idlm: Server, plain: Plain, default_model_dir: Path
-) -> None:
+def test_greedy_text_is_that_of_sglang(idlm: Server, plain: Plain, default_model_dir: Path) -> None:
     replies = idlm.generate(prompts(default_model_dir), **GREEDY)
     assert [r["output_ids"] for r in replies] == plain.greedy
     assert {len(r["output_ids"]) for r in replies} == {LENGTH}
@@ -190,6 +188,4 @@ def test_what_is_not_supported_is_refused(idlm: Server, field: dict[str, Any]) -
     client = openai.OpenAI(base_url=f"{idlm.url}/v1", api_key="none", max_retries=0)
     messages: Any = [{"role": "user", "content": "Hello"}]
     with pytest.raises(openai.BadRequestError, match=r"IDLM does not support|logit_bias"):
-        client.chat.completions.create(
-            model="default", messages=messages, max_tokens=8, **field
-        )
+        client.chat.completions.create(model="default", messages=messages, max_tokens=8, **field)

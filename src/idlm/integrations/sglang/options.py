@@ -10,6 +10,7 @@ from typing import Any
 from idlm.decoding.layout import Layout
 from idlm.decoding.verify import check_rule
 from idlm.errors import InvalidRequestError
+from idlm.integrations.sglang.published import as_causal_model
 
 NAME = "IDLM"
 VERIFICATION = "IDLM_VERIFICATION"
@@ -82,6 +83,7 @@ def configure(server_args: Any) -> None:
         )
     server_args.speculative_num_draft_tokens = layout.num_rows
     _choose_attention(server_args)
+    as_causal_model(server_args)
     if server_args.max_running_requests is None:
         server_args.max_running_requests = 256
     path = server_args.speculative_draft_model_path

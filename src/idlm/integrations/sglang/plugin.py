@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from idlm.integrations.sglang import host
+from idlm.integrations.sglang import host, published
 from idlm.integrations.sglang.options import NAME, configure
 from idlm.integrations.sglang.requests import check_request
 
@@ -22,6 +22,7 @@ def register() -> None:
     SpeculativeAlgorithm.register(
         NAME, supports_overlap=True, validate_server_args=configure, spec_class=host.Algorithm
     )(_worker)
+    published.register()
     HookRegistry.register(host.ALIAS, _draft_path_is_no_model, HookType.AROUND)
     HookRegistry.register(host.DRAFT_KV, _no_draft_kv, HookType.AROUND)
     HookRegistry.register(host.VALIDATION, _check, HookType.BEFORE)

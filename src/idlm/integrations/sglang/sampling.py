@@ -51,9 +51,7 @@ class BatchSampling:
         seeds = [
             seed_of(p, r.rid, self._server_seed) for p, r in zip(params, requests, strict=True)
         ]
-        return Sampling.of(
-            params, seeds, [[]] * len(params), outputs, self.vocab_size, self.device
-        )
+        return Sampling.of(params, seeds, [[]] * len(params), outputs, self.vocab_size, self.device)
 
     def _watch(self, requests: Sequence[Any], sampling: Sampling) -> None:
         """Keep the rows in which this sampling counts the output of its requests."""

@@ -86,9 +86,7 @@ class Worker(BaseSpecWorker):
         token_to_kv_pool_allocator: Any = None,
     ) -> None:
         """Make room for the host's request slots."""
-        super().alloc_memory_pool(
-            memory_pool_config, req_to_token_pool, token_to_kv_pool_allocator
-        )
+        super().alloc_memory_pool(memory_pool_config, req_to_token_pool, token_to_kv_pool_allocator)
         self._slot_tokens = req_to_token_pool.req_to_token
         self._slots = self._masks.slots = Slots(
             len(self._slot_tokens),
