@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ class Plain:
 def long_prompts(model: Path) -> list[list[int]]:
     """Prompts of several chunks, two of which begin alike."""
     parts = prompts(model)
-    return [sum(parts[:5], []), sum(parts[:6], []), sum(parts[3:8], [])]
+    return [list(itertools.chain(*p)) for p in (parts[:5], parts[:6], parts[3:8])]
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ class Pending(SpecInput):
 
 @dataclass
 class Rows(SpecInput):
-    """Into a forward: ``draft_token_num`` rows of each request, causal, final hidden states kept."""
+    """Into a forward: ``draft_token_num`` rows of each request, causal; hidden states are kept."""
 
     positions: torch.Tensor | None
     draft_token_num: int
