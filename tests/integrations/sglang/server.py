@@ -62,7 +62,7 @@ def command(model: Path, port: int, *options: str) -> list[str]:
         *("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"),
         *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
         *("--max-total-tokens", "20000", "--mem-fraction-static", "0.2", "--disable-cuda-graph"),
-        *("--host", "127.0.0.1", "--port", str(port), "--skip-server-warmup"),
+        *("--host", "127.0.0.1", "--port", str(port), "--skip-server-warmup", "--sleep-on-idle"),
         *options,
     ]
 

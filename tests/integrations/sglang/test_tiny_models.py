@@ -18,7 +18,7 @@ from idlm.model.adapter import CONFIG_FILE, HEAD_FILE, Adapter, AdapterConfig
 from idlm.model.attention import CausalAttention
 from idlm.model.checkpoint import load_config, load_decoder
 from tests.integrations.sglang.server import server
-from tests.support.tiny import tiny_model
+from tests.support.tiny import TOKENIZER_SIZE, tiny_model
 
 pytestmark = pytest.mark.sglang
 
@@ -35,6 +35,13 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 1.0, "logit_bias": {7: 4.0, 9: -6.0}, "seed": 5},
     {"temperature": 0.8, "repetition_penalty": 1.0, "top_k": 3, "seed": 6},
 ]
+
+
+def tiny(folder: Path, family: str, vocab_size: int = TOKENIZER_SIZE, **overrides: Any) -> Path:
+    """A random model; on a CPU the host pads inner widths to multiples of 64."""
+    return tiny_model(
+        folder / "model", family, vocab_size=vocab_size, intermediate_size=64, **overrides
+    )
 
 
 @torch.no_grad()
@@ -95,7 +102,7 @@ def _as_host(params: dict[str, Any], length: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("head", [(16, 2), (0, 0)], ids=["sampler-head", "no-head"])
 def test_a_seed_gives_the_text_of_plain_decoding(tmp_path: Path, head: tuple[int, int]) -> None:
-    model = tiny_model(tmp_path / "model", "llama", vocab_size=64)
+    model = tiny(tmp_path, "llama")
     adapter = random_adapter(tmp_path / "adapter", model, head)
     steps = "3" if head[0] else "2"
     ours, plain = coupled_texts(model, adapter, tmp_path, "--speculative-num-steps", steps)
@@ -103,14 +110,14 @@ def test_a_seed_gives_the_text_of_plain_decoding(tmp_path: Path, head: tuple[int
 
 
 def test_fully_converted_model_in_the_authors_format(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model", "sdar", vocab_size=64, mask_token_id=2)
+    model = tiny(tmp_path, "sdar", mask_token_id=2)
     ours, plain = coupled_texts(model, None, tmp_path)
     assert ours == plain
     assert 2 not in itertools.chain(*ours)
 
 
 def test_lora_of_the_authors(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model", "qwen3", vocab_size=64, mask_token_id=2)
+    model = tiny(tmp_path, "qwen3", mask_token_id=2)
     adapter = random_adapter(tmp_path / "adapter", model, (0, 0))
     for ours_alone in (CONFIG_FILE, HEAD_FILE):
         (adapter / ours_alone).unlink()
@@ -120,7 +127,7 @@ def test_lora_of_the_authors(tmp_path: Path) -> None:
 
 def test_rejection_samples_the_models_distribution(tmp_path: Path) -> None:
     vocab, count = 10, 3000
-    model = tiny_model(tmp_path / "model", "llama", vocab_size=vocab)
+    model = tiny(tmp_path, "llama", vocab)
     adapter = random_adapter(tmp_path / "adapter", model)
     prompt = [3, 4, 5]
     with server(

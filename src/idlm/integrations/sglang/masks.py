@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from idlm.decoding.layout import Layout
+from idlm.errors import UnsupportedModelError
+from idlm.integrations.sglang.lora_kernel import LoraKernel
 from idlm.integrations.sglang.slots import Slots
 from idlm.model.adapter import Adapter, LoraLinear
 
@@ -32,6 +34,8 @@ PROJECTIONS = {
 class Masks:
     """The mask rows of the forwards of one model.
 
+    Raises:
+        UnsupportedModelError: the host changed the shape of a layer that has a LoRA.
     Attributes:
         slots: set when the host has its memory.
     """
@@ -48,7 +52,13 @@ class Masks:
         if adapter is not None:
             for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
                 for fused, lora in adapter.layer(index).items():
-                    module = layer.get_submodule(PROJECTIONS[fused])
+                    module: Any = layer.get_submodule(PROJECTIONS[fused])
+                    outputs = sum(len(part) for part in lora.B)
+                    if module.output_size != outputs:
+                        raise UnsupportedModelError(
+                            f"The server runs {PROJECTIONS[fused]} with {module.output_size} "
+                            f"outputs, the adapter is for {outputs}: padded models cannot have one."
+                        )
                     module.register_forward_hook(self._adding(lora))
 
     def block(self, rows_BWX: torch.Tensor, count_B: torch.Tensor) -> torch.Tensor:
@@ -96,12 +106,23 @@ class Masks:
         return wrapped
 
     def _adding(self, lora: LoraLinear) -> Callable[..., Any]:
-        up_OZ = torch.block_diag(*lora.B) * lora.scale
+        update = _update(lora)
 
         def hook(module: nn.Module, given: tuple[torch.Tensor, ...], result: Any) -> None:
             if self._rows_F is not None:
-                y_FO = result[0]
-                update_FO = F.linear(F.linear(given[0][self._rows_F], lora.A), up_OZ)
-                y_FO.index_add_(0, self._rows_F, update_FO)
+                update(result[0], given[0], self._rows_F)
 
         return hook
+
+
+def _update(lora: LoraLinear) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """The function that adds a LoRA's update of ``x_FI`` to rows ``rows_F`` of ``y_FO``."""
+    B = [part * lora.scale for part in lora.B]
+    if lora.A.is_cuda and LoraKernel.takes(B):
+        return LoraKernel(lora.A, B).add_to
+    up_OZ = torch.block_diag(*B)
+
+    def add_to(y_FO: torch.Tensor, x_FI: torch.Tensor, rows_F: torch.Tensor) -> None:
+        y_FO.index_add_(0, rows_F, F.linear(F.linear(x_FI[rows_F], lora.A), up_OZ))
+
+    return add_to
