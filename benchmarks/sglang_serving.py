@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -80,15 +80,17 @@ def main() -> None:
     args.logs.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"options": args.options, "stride": args.steps + 1}
     texts = {}
-    with ExitStack() as all_servers:
-        started = {}
-        for number, (name, extra) in enumerate(servers.items()):
-            command = ["--model-path", str(model), "--port", str(30000 + number)]
-            run = server(args.logs / f"{name}.log", command + args.options + extra)
-            started[name] = all_servers.enter_context(run) if args.together else run
-        for name, running in started.items():
-            with ExitStack() as this_server:
-                url = running if args.together else this_server.enter_context(running)
+    runs = {
+        name: server(
+            args.logs / f"{name}.log",
+            ["--model-path", str(model), "--port", str(30000 + number), *args.options, *extra],
+        )
+        for number, (name, extra) in enumerate(servers.items())
+    }
+    with ExitStack() as stack:
+        started = {name: stack.enter_context(run) for name, run in runs.items() if args.together}
+        for name, run in runs.items():
+            with nullcontext(started[name]) if args.together else run as url:
                 begin = time.perf_counter()
                 wait(url, args.logs / f"{name}.log")
                 report[name] = {"ready_after_seconds": time.perf_counter() - begin}

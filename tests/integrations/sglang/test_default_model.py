@@ -67,9 +67,7 @@ def plain(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def idlm(
-    plain: Plain, default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+def idlm(default_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Our server; prompts are read in chunks of `CHUNK` tokens and kept in the radix cache."""
     options = ("--speculative-algorithm", "IDLM", "--speculative-draft-model-path", ADAPTER)
     log = tmp_path_factory.mktemp("idlm") / "log"
@@ -77,14 +75,14 @@ def idlm(
         yield s
 
 
-def test_greedy_text_is_that_of_sglang(idlm: Server, plain: Plain, default_model_dir: Path) -> None:
+def test_greedy_text_is_that_of_sglang(plain: Plain, idlm: Server, default_model_dir: Path) -> None:
     replies = idlm.generate(prompts(default_model_dir), **GREEDY)
     assert [r["output_ids"] for r in replies] == plain.greedy
     assert {len(r["output_ids"]) for r in replies} == {LENGTH}
 
 
 def test_tokens_per_forward_are_those_of_the_embedded_engine(
-    idlm: Server, plain: Plain, default_model_dir: Path
+    plain: Plain, idlm: Server, default_model_dir: Path
 ) -> None:
     asked = prompts(default_model_dir)
     replies = idlm.generate(asked, **GREEDY)
@@ -100,7 +98,7 @@ def test_tokens_per_forward_are_those_of_the_embedded_engine(
     assert ours == pytest.approx(embedded, rel=0.02)
 
 
-def test_cached_and_chunked_prompts(idlm: Server, plain: Plain, default_model_dir: Path) -> None:
+def test_cached_and_chunked_prompts(plain: Plain, idlm: Server, default_model_dir: Path) -> None:
     asked = long_prompts(default_model_dir)
     assert max(len(p) for p in asked) > 2 * CHUNK
     idlm.flush()
@@ -120,14 +118,14 @@ def test_cached_and_chunked_prompts(idlm: Server, plain: Plain, default_model_di
 
 
 def test_penalties_and_bias_in_a_mixed_batch(
-    idlm: Server, plain: Plain, default_model_dir: Path
+    plain: Plain, idlm: Server, default_model_dir: Path
 ) -> None:
     asked = prompts(default_model_dir)[: len(PENALISED)]
     assert idlm.one_by_one(asked, PENALISED, 3) == plain.penalised
     assert plain.penalised[0] != plain.greedy[0][:24]
 
 
-def test_aborts_harm_nobody(idlm: Server, plain: Plain, default_model_dir: Path) -> None:
+def test_aborts_harm_nobody(plain: Plain, idlm: Server, default_model_dir: Path) -> None:
     asked = prompts(default_model_dir)[:6]
 
     def leave(prompt: list[int]) -> None:

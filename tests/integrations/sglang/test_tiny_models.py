@@ -136,7 +136,11 @@ def test_rejection_samples_the_models_distribution(tmp_path: Path) -> None:
         *SPEC,
         *("--speculative-draft-model-path", str(adapter), "--skip-tokenizer-init"),
     ) as s:
-        for params in ({"temperature": 1.0}, {"temperature": 1.2, "top_k": 6, "top_p": 0.9}):
+        cases: list[dict[str, Any]] = [
+            {"temperature": 1.0},
+            {"temperature": 1.2, "top_k": 6, "top_p": 0.9},
+        ]
+        for params in cases:
             host = {"max_new_tokens": 6, "ignore_eos": True, **params}
             replies = s.generate([prompt] * count, **host)
             seen = Counter(tuple(r["output_ids"][2:4]) for r in replies)
@@ -167,7 +171,7 @@ def joint(model: Path, prompt: list[int], params: SamplingParams) -> torch.Tenso
     first_XF = torch.cartesian_prod(*[torch.arange(V)] * 3)
     tokens_XC = torch.cat((torch.tensor(prompt).expand(len(first_XF), -1), first_XF), dim=1)
     positions_XC = torch.arange(tokens_XC.shape[1]).expand(len(tokens_XC), -1)
-    logits = decoder.logits(decoder(tokens_XC, positions_XC, CausalAttention()))[:, -4:]
+    logits = decoder.logits(decoder(tokens_XC, positions_XC, CausalAttention(positions_XC)))[:, -4:]
     one = Sampling.of([params], [0], [[]], [[]], V, CPU)
     sampling = replace(
         one,
