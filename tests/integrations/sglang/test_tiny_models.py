@@ -126,7 +126,7 @@ def test_lora_of_the_authors(tmp_path: Path) -> None:
 
 
 def test_rejection_samples_the_models_distribution(tmp_path: Path) -> None:
-    vocab, count = 10, 3000
+    vocab, count = 8, 1200
     model = tiny(tmp_path, "llama", vocab)
     adapter = random_adapter(tmp_path / "adapter", model)
     prompt = [3, 4, 5]
