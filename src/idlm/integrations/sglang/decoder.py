@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from idlm.model import cpu_kernels
+from idlm.model import cpu_kernels, cuda_head
 from idlm.model.config import ModelConfig
 from idlm.model.decoder import Decoder
 
@@ -24,6 +24,8 @@ class HostDecoder:
         """``[B, K]``, fp32, not rounded: the logits of the tokens ``ids`` of each row alone."""
         if cpu_kernels.usable(hidden_BH):
             return cpu_kernels.score(hidden_BH, self.output_weight, ids_BK)
+        if cuda_head.takes(hidden_BH, self.output_weight):
+            return cuda_head.score(hidden_BH, self.output_weight, ids_BK)
         return (self.output_weight[ids_BK].float() * hidden_BH[:, None].float()).sum(-1)
 
     def as_decoder(self) -> Decoder:

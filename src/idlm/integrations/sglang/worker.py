@@ -14,7 +14,7 @@ from sglang.srt.model_executor.forward_batch_info import (
 )
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
-from idlm.decoding.propose import CANDIDATES, propose
+from idlm.decoding.propose import num_candidates, propose
 from idlm.decoding.sampling import Sampling
 from idlm.decoding.verify import Drafts, verify
 from idlm.errors import CheckpointError
@@ -91,7 +91,7 @@ class Worker(BaseSpecWorker):
         self._slots = self._masks.slots = Slots(
             len(self._slot_tokens),
             self.layout.block_size,
-            min(CANDIDATES, self._sampling.vocab_size),
+            num_candidates(self.device, self._sampling.vocab_size),
             self.device,
         )
 
@@ -183,6 +183,7 @@ class Worker(BaseSpecWorker):
             rows.seq_lens = length_B + W
         return rows
 
+    @torch.no_grad()
     def _captured(self, runner: Any, output: Any, batch: Any, num_tokens: int) -> None:
         """In every CUDA graph, after the model: the rest of a step whose requests are greedy.
 
@@ -194,6 +195,7 @@ class Worker(BaseSpecWorker):
             seed_B=torch.zeros(B, dtype=torch.int64, device=device),
             greedy_B=torch.ones(B, dtype=torch.bool, device=device),
             all_greedy=True,
+            any_greedy=True,
             temperature_B=torch.ones(B, device=device),
         )
         slot_B = batch.req_pool_indices
