@@ -149,7 +149,7 @@ async def measure(
 ) -> tuple[list[list[int]], list[dict[str, Any]]]:
     """The tokens of every prompt, then the figures at each concurrency."""
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=170, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         replies = await asyncio.gather(*(generate(client, p) for p in prompts))
         figures = []
         for count in concurrency:

@@ -184,4 +184,5 @@ def joint(model: Path, prompt: list[int], params: SamplingParams) -> torch.Tenso
     p_XRV = distribution(logits, sampling, torch.full((len(logits), 4, 0), -1))
     chain_X3 = p_XRV[:, :3].gather(2, first_XF[..., None]).squeeze(2)
     joint_XV = chain_X3.prod(1)[:, None] * p_XRV[:, 3]
-    return joint_XV.view(V * V, V, V).sum(0)
+    joint_VV = joint_XV.double().view(V * V, V, V).sum(0)
+    return joint_VV / joint_VV.sum()
