@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 
 from idlm.decoding.layout import Layout, row_tables
-from idlm.model import overlap, projection_kernel
 from idlm.model.adapter import Adapter, AdapterConfig
 from idlm.model.attention import PagedAttention, grouped_attention, visibility_bias
 from idlm.model.config import ModelConfig, RopeConfig
@@ -378,17 +377,6 @@ def without_updates(adapter: Adapter) -> Adapter:
     return bare.freeze()
 
 
-def time_without_overlap(report: Report) -> None:
-    """What it brings that kernels are set up early."""
-    x, w = torch.randn(16, 576, device=DEVICE, dtype=DTYPE), torch.randn(100, 960, 576)
-    weights = w.to(DEVICE, DTYPE)
-    for early in (True, False):
-        projection_kernel.overlaps = lambda: early  # type: ignore[assignment]  # noqa: B023
-        time_us = microseconds(lambda: [project(x, w) for w in weights], 100)
-        report({"what": "overlap", "early": early, "us": time_us})
-    projection_kernel.overlaps = overlap.overlaps
-
-
 def copy_bandwidth() -> float:
     """Bytes per second of a large copy, counted read and written."""
     a = torch.randn(1 << 30, device=DEVICE, dtype=torch.bfloat16)
@@ -402,7 +390,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--batches", default="1,16,64", help="of the layers")
-    parser.add_argument("--sections", default="overlap,135M,8B,attention,projections")
+    parser.add_argument("--sections", default="135M,8B,attention,projections")
     parser.add_argument("--compilers", type=int, default=14, help="processes that compile")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -433,7 +421,6 @@ def main() -> None:
     report({"what": "copy", "GBps": bandwidth / 1e9, "device": torch.cuda.get_device_name()})
     BATCHES[:] = map(int, args.batches.split(","))
     sections: dict[str, Callable[[float], None]] = {
-        "overlap": lambda until: time_without_overlap(report),
         "135M": lambda until: time_layers("135M", report, until, bandwidth),
         "8B": lambda until: time_layers("8B", report, until, bandwidth),
         "attention": lambda until: time_attention(report, until),

@@ -182,8 +182,11 @@ class LLM:
         self._engine.check(prompt_token_ids, params)
 
     def new_engine(self) -> Engine:
-        """An engine over the same weights and cache, for a caller that steps it by itself."""
-        return Engine(
+        """An engine over the same weights and cache, for a caller that steps it by itself.
+
+        On CUDA, one that chooses its strides has tried them when this returns.
+        """
+        engine = Engine(
             self._method,
             self.tokenizer,
             cache=self._cache,
@@ -191,6 +194,9 @@ class LLM:
             max_batch=self._max_batch,
             policy=Policy(self._plans) if self._auto else None,
         )
+        if self._auto and self.device.type == "cuda":
+            engine.warm_up()
+        return engine
 
     def generate(
         self,

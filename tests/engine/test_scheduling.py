@@ -233,6 +233,21 @@ def test_plans_that_change_all_the_time_change_no_token(llm: LLM, model: Any, ah
     assert_empty(engine)
 
 
+@pytest.mark.parametrize("max_batch", [1, 6])
+def test_warm_up_leaves_nothing_but_what_forwards_cost(
+    llm: LLM, model: Any, max_batch: int
+) -> None:
+    policy = Policy(plans(7))
+    engine = engine_of(
+        llm, model, "quadratic", 4, "coupled", max_batch=max_batch, ahead=True, policy=policy
+    )
+    engine.warm_up()
+    assert_empty(engine)
+    assert engine.stats.plans == {}
+    assert {size for size, _ in policy._seconds} >= set(range((max_batch - 1).bit_length() + 1))
+    assert policy.acceptance()[0] == pytest.approx(Policy(plans(7)).acceptance()[0])
+
+
 def test_shared_prefixes_are_not_computed_again(llm: LLM, model: Any) -> None:
     engine = engine_of(llm, model, "quadratic", 3, "coupled")
     rows: list[int] = []

@@ -26,13 +26,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("shape", "clean", "masks", "adapted", "fused_rows"),
+    ("shape", "clean", "masks", "adapted", "fused"),
     [
-        ("llama", 1, 0, False, 1000),
-        ("llama", 2, 6, True, 1000),
-        ("biases", 4, 3, True, 0),
-        ("biases", 4, 3, True, 1000),
-        ("qk norm, window", 4, 3, True, 1000),
+        ("llama", 1, 0, False, True),
+        ("llama", 2, 6, True, True),
+        ("biases", 4, 3, True, False),
+        ("biases", 4, 3, True, True),
+        ("qk norm, window", 4, 3, True, True),
     ],
 )
 @torch.inference_mode()
@@ -41,10 +41,12 @@ def test_is_the_layers(
     clean: int,
     masks: int,
     adapted: bool,
-    fused_rows: int,
+    fused: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cuda_stack, "FUSED_ROWS_SMALL", fused_rows)
+    if not fused:
+        monkeypatch.setattr(cuda_stack, "FUSED_ROWS", 0)
+        monkeypatch.setattr(cuda_stack, "SMALL_WEIGHT", 0)
     config = random_config(**SHAPES[shape])
     decoder = random_decoder(config).to(DEVICE)
     for name, parameter in decoder.named_parameters():

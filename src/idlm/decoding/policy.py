@@ -36,10 +36,14 @@ class Policy:
 
     def __init__(self, plans: Sequence[Layout]) -> None:
         self.plans = sorted(plans, key=lambda plan: plan.num_rows)
-        self.chosen: Counter[str] = Counter()
-        places = max(plan.block_size for plan in plans)
-        self._reached, self._accepted = [0.0] * places, [0.0] * places
         self._seconds: dict[tuple[int, Layout], float] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget the texts, but not what forwards cost."""
+        self.chosen: Counter[str] = Counter()
+        places = max(plan.block_size for plan in self.plans)
+        self._reached, self._accepted = [0.0] * places, [0.0] * places
         self._current: dict[int, tuple[Layout, int]] = {}
 
     def choose(self, requests: int) -> Layout:

@@ -30,6 +30,9 @@ from idlm.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# Enough for a policy to try what is worth a try.
+WARM_UP_TOKENS = 48
+
 
 class Engine:
     """Runs requests of one `Method`: first come, first served, by priority.
@@ -110,6 +113,22 @@ class Engine:
         )
         self._scheduler.add(request)
         return request
+
+    def warm_up(self) -> None:
+        """Run made-up greedy requests, in all the numbers that are told apart up to ``max_batch``.
+
+        What is compiled, captured or timed when it is first needed is there before the load is.
+        """
+        sizes = [1 << n for n in range(self.max_batch.bit_length()) if 1 << n < self.max_batch]
+        params = SamplingParams(temperature=0, max_tokens=min(WARM_UP_TOKENS, self._room - 1), ignore_eos=True)
+        for size in [*sizes, self.max_batch]:
+            logger.info("Setting up for %d of %d requests at once.", size, self.max_batch)
+            for token in range(size):
+                self.add([token % self.method.decoder.config.vocab_size], params)
+            while self.busy:
+                self.step()
+        if self._policy is not None:
+            self._policy.forget()
 
     @torch.inference_mode()
     def abort(self, request: Request) -> None:

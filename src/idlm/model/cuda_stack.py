@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     Update = tuple[LowRank | None, int]  # and the first row that it acts on
 
 # Up to so many rows of all requests the weights' bytes are what a product costs, and the fused
-# kernel reads them as fast as it goes; above, the library's product is faster, unless the weight is
-# so small that launches cost more than arithmetic.
-FUSED_ROWS, FUSED_ROWS_SMALL = 64, 2048
+# kernel reads them as fast as it goes; above, the library's product is faster, unless the weights
+# are so small that launches cost more than arithmetic. It rounds elsewhere, so with bf16 a row may
+# come out otherwise than with fewer beside it.
+FUSED_ROWS = 64
 SMALL_WEIGHT = 1 << 22
 PROJECTIONS = ("qkv", "o", "gate_up", "down")
 
@@ -75,7 +76,7 @@ def run(
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
     updates = [{}] * len(layers) if adapter is None else _updates(adapter)
     small = decoder.config.hidden_size * decoder.config.intermediate_size < SMALL_WEIGHT
-    project = _fused if len(x_NH) <= (FUSED_ROWS_SMALL if small else FUSED_ROWS) else _plain
+    project = _fused if small or len(x_NH) <= FUSED_ROWS else _plain
     # Filled by a kernel: what is set up early has to follow one.
     ready_L41 = torch.full((len(layers), 4, 1), 0, dtype=torch.int32, device=x_NH.device)
     for layer, update, ready in zip(layers, updates, ready_L41.unbind(), strict=True):

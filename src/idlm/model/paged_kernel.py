@@ -13,16 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-from idlm.model.overlap import begin, overlaps
-
 # Keys per step of the loop, and in the shortest part.
 STEP_KEYS = 64
 PART_KEYS = 64
+REACH_KEYS = 256  # texts are cut alike while they have no more than a multiple of it
 MAX_PARTS = 32
 # Programs that keep a GPU busy.
 PROGRAMS = 256
-# Packed rows of one program at most; the matrix units want 16 at least.
-MIN_ROWS, MAX_ROWS = 16, 64
+# Packed rows of one program; the matrix units want 16 at least. From 64 on they would do other
+# instructions: with bf16, rows of a wide forward then came out other than the same rows alone.
+MIN_ROWS, MAX_ROWS = 16, 32
 # Heads of one program that rotates.
 HEADS = 16
 
@@ -112,8 +112,6 @@ def rotate_and_append(
         T=T,
         HEADS=HEADS,
         HALF=triton.next_power_of_2(D // 2),
-        OVERLAP=overlaps(),
-        launch_pdl=overlaps(),
         num_warps=2,
     )
 
@@ -143,7 +141,8 @@ def attend(
     height = min(MAX_ROWS, max(MIN_ROWS, triton.next_power_of_2(R * G)))
     tiles = triton.cdiv(R * G, height)
     longest = triton.cdiv(rows.table_BP.shape[1] * T, PART_KEYS)
-    parts = max(1, min(MAX_PARTS, longest, triton.cdiv(PROGRAMS, B * K * tiles)))
+    # Whatever the layout: a row's sums are then made in the same order in all of them.
+    parts = max(1, min(MAX_PARTS, longest, triton.cdiv(PROGRAMS, B * K)))
     out_NX = torch.empty((N, Q * D), dtype=qkv_NW.dtype, device=qkv_NW.device)
     partial, worth = out_NX, out_NX
     if parts > 1:
@@ -163,6 +162,7 @@ def attend(
         B,
         rows.clean,
         rows.masks,
+        parts,
         *k_NKTD.stride()[:3],
         rows.table_BP.stride(0),
         rows.positions_BR.stride(0),
@@ -175,27 +175,24 @@ def attend(
         ROWS=height,
         KEYS=STEP_KEYS if D <= 128 else STEP_KEYS // 2,
         SHORTEST=PART_KEYS,
-        PARTS=parts,
+        REACH=REACH_KEYS,
+        SPLIT=parts > 1,
         STEPS=_fixed_steps(rows.table_BP.shape[1] * T),
-        OVERLAP=overlaps(),
-        launch_pdl=overlaps(),
         num_warps=4,
         num_stages=3 if k_NKTD.itemsize == 2 else 2,
     )
     if parts > 1:
-        slots, dim = triton.next_power_of_2(parts), triton.next_power_of_2(D)
+        dim = triton.next_power_of_2(D)
         _merge[(N * Q,)](
             partial,
             worth,
             out_NX,
             N * Q,
-            PARTS=parts,
-            SLOTS=slots,
+            parts,
+            SLOTS=MAX_PARTS,
             D=D,
             DIM=dim,
-            OVERLAP=overlaps(),
-            launch_pdl=overlaps(),
-            num_warps=max(1, slots * dim // 2048),
+            num_warps=max(1, MAX_PARTS * dim // 2048),
         )
     return out_NX
 
@@ -237,10 +234,8 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
     T: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Some heads of one row."""
-    begin(OVERLAP)
     row = tl.program_id(0)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     lane = tl.arange(0, HALF)[None, :]
@@ -286,7 +281,7 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
     tl.store(v_cell_ptr + half, y2, mask=real & (head >= Q + K))
 
 
-@triton.jit(do_not_specialize=["B", "clean", "masks"])
+@triton.jit(do_not_specialize=["B", "clean", "masks", "parts"])
 def _attend(  # type: ignore[no-untyped-def]
     qkv_ptr,
     k_cache_ptr,
@@ -301,6 +296,7 @@ def _attend(  # type: ignore[no-untyped-def]
     B,
     clean,
     masks,
+    parts,
     cache_stride_n,
     cache_stride_h,
     cache_stride_t,
@@ -315,12 +311,11 @@ def _attend(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SHORTEST: tl.constexpr,
-    PARTS: tl.constexpr,
+    REACH: tl.constexpr,
+    SPLIT: tl.constexpr,
     STEPS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One KV head of one request: a tile of packed rows over one part of the keys."""
-    begin(OVERLAP)
     b = tl.program_id(0) // K
     head = tl.program_id(0) % K
     part = tl.program_id(2)
@@ -333,10 +328,12 @@ def _attend(  # type: ignore[no-untyped-def]
     dims = tl.arange(0, DIM)
     real_dim = dims < D
     start = tl.load(start_ptr + b).to(tl.int32)
-    # Parts of equal length, but none is short: a short text has fewer of them.
-    length = tl.maximum(tl.cdiv(tl.cdiv(start + R, PARTS), KEYS) * KEYS, SHORTEST)
+    # Parts of equal length, but none is short: a short text has fewer of them. The length does not
+    # depend on the rows in flight; the last part has them all.
+    reach = (start // REACH + 1) * REACH
+    length = tl.maximum(tl.cdiv(tl.cdiv(reach, parts), KEYS) * KEYS, SHORTEST)
     first = part * length
-    end = tl.minimum(start + R, first + length)
+    end = tl.where(part == parts - 1, start + R, tl.minimum(start + R, first + length))
     q = tl.load(
         qkv_ptr + flat[:, None] * ((K * G + 2 * K) * D) + query_head[:, None] * D + dims[None, :],
         mask=real_row[:, None] & real_dim[None, :],
@@ -388,7 +385,7 @@ def _attend(  # type: ignore[no-untyped-def]
         top = higher
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
     place = flat * (K * G) + query_head
-    if PARTS > 1:
+    if SPLIT:
         rows_in_all = (B * R).to(tl.int64) * (K * G)
         place += part * rows_in_all
         # log-sum-exp of the part's scores: what its share is worth.
@@ -404,30 +401,28 @@ def _attend(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "parts"])
 def _merge(  # type: ignore[no-untyped-def]
     partial_ptr,
     worth_ptr,
     out_ptr,
     N,
-    PARTS: tl.constexpr,
+    parts,
     SLOTS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """One output row from the shares of the parts."""
-    begin(OVERLAP)
     n = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, DIM)
-    parts = tl.arange(0, SLOTS)
-    worth = tl.load(worth_ptr + parts.to(tl.int64) * N + n, mask=parts < PARTS, other=float("-inf"))
+    slots = tl.arange(0, SLOTS)
+    worth = tl.load(worth_ptr + slots.to(tl.int64) * N + n, mask=slots < parts, other=float("-inf"))
     top = tl.max(worth, 0)
     share = tl.exp(worth - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(share, 0)
     there = (worth > float("-inf"))[:, None] & (dims < D)[None, :]
     partial = tl.load(
-        partial_ptr + (parts[:, None].to(tl.int64) * N + n) * D + dims[None, :],
+        partial_ptr + (slots[:, None].to(tl.int64) * N + n) * D + dims[None, :],
         mask=there,
         other=0.0,
     )

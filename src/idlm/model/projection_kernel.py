@@ -18,8 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-from idlm.model.overlap import begin, overlaps
-
 # The matrix units want 16 rows at least.
 MIN_ROWS = 16
 SHARED_BYTES = 65_536  # of a program; every GPU in question has more
@@ -155,8 +153,6 @@ def project(
         ROWS=tile.rows,
         OUTPUTS=tile.outputs,
         INPUTS=tile.inputs,
-        OVERLAP=overlaps(),
-        launch_pdl=overlaps(),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -237,10 +233,8 @@ def _project(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """A tile of ``z``, then a tile of ``y``."""
-    begin(OVERLAP)
     program = tl.program_id(0)
     # A row or output that is not there stands for the last one; what it gives is not stored.
     if program < makers:

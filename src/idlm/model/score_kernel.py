@@ -5,8 +5,6 @@ import torch
 import triton
 import triton.language as tl
 
-from idlm.model.overlap import begin, overlaps
-
 TOKENS, INPUTS = 16, 128
 
 
@@ -29,8 +27,6 @@ def score(hidden_BH: torch.Tensor, weight_VH: torch.Tensor, ids_BK: torch.Tensor
         H=H,
         TOKENS=TOKENS,
         INPUTS=INPUTS,
-        OVERLAP=overlaps(),
-        launch_pdl=overlaps(),
     )
     return scores_BK
 
@@ -47,10 +43,8 @@ def _score(  # type: ignore[no-untyped-def]
     H: tl.constexpr,
     TOKENS: tl.constexpr,
     INPUTS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """Some tokens of one row."""
-    begin(OVERLAP)
     b = tl.program_id(0)
     k = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     ids = tl.load(ids_ptr + b * ids_stride_b + k * ids_stride_k, mask=k < K, other=0)
