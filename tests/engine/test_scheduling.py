@@ -17,7 +17,7 @@ from idlm.decoding.cycle import Method
 from idlm.decoding.layout import Layout
 from idlm.decoding.policy import Policy, plans
 from idlm.engine.engine import Engine
-from idlm.engine.kv_cache import KVCache
+from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 from idlm.engine.request import FinishReason, Phase, Request
 from idlm.errors import InvalidRequestError, ResourceError
 from tests.support.random_model import random_adapter, random_config, random_decoder
@@ -107,6 +107,15 @@ def assert_empty(engine: Engine) -> None:
     assert engine._pool.available == engine._pool.num_blocks - 1
 
 
+def assert_no_shared_write(requests: list[Request]) -> None:
+    """Others may hold blocks of committed tokens only; all other blocks have one holder."""
+    for request in requests:
+        lease = request.lease
+        assert lease.shareable * BLOCK_TOKENS <= request.cached or not lease.ids
+        own = set(lease.ids[lease.shareable :])
+        assert not any(own & set(other.lease.ids) for other in requests if other is not request)
+
+
 prompts = st.lists(
     st.tuples(
         st.integers(0, 40),  # tokens of a beginning that all have in common
@@ -166,6 +175,7 @@ def test_nothing_that_happens_around_a_request_changes_its_tokens(
                 aborted |= set() if requests[index].finished else {index}
                 engine.abort(requests[index])
         engine.step()
+        assert_no_shared_write(list(requests.values()))
         if len(requests) == len(arrivals) and not engine.busy:
             break
     else:
@@ -286,17 +296,24 @@ def test_a_long_prompt_does_not_stop_those_that_run(llm: LLM, model: Any) -> Non
     assert 13 <= short.stats.forwards <= 14
 
 
+def test_short_prompts_share_a_step_up_to_the_chunk(llm: LLM, model: Any) -> None:
+    engine = engine_of(llm, model, "linear", 4, "rejection", max_batch=8, chunk=30)
+    requests = [engine.add([5 + i] * 12, params_of(i, 60)) for i in range(8)]
+    for begun, cached in ((2, 6), (5, 0), (7, 6), (8, 0)):  # 30 tokens of 12 each
+        engine.step()
+        assert sum(bool(r.token_ids) for r in requests) == begun
+        assert begun == 8 or requests[begun].cached == cached
+    engine.close()
+
+
 def test_hundreds_wait_and_come_in_order_of_priority_and_arrival(llm: LLM, model: Any) -> None:
     engine = engine_of(llm, model, "quadratic", 3, "coupled", kv_cache_tokens=200, max_batch=3)
     requests = [
         engine.add([5 + i % 50, 9], params_of(i, 1 + i % 4), priority=i % 2) for i in range(200)
     ]
     assert engine.stats.waiting == 200
-    order: list[int] = []
-    while engine.busy:
-        engine.step()
-        began = [r for r in requests if r.started and r.id not in order]
-        order += [r.id for r in sorted(began, key=lambda r: (r.priority, r.id))]
+    run(engine)
+    order = [r.id for r in sorted(requests, key=lambda r: r.started)]
     assert order == [*range(0, 200, 2), *range(1, 200, 2)]
     assert all(r.finish_reason is FinishReason.LENGTH for r in requests)
     assert_empty(engine)

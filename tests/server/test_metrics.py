@@ -8,6 +8,7 @@ from pathlib import Path
 
 from idlm import LLM, SamplingParams
 from tests.server.live import Live, serving
+from tests.support.tiny import tiny_model
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
@@ -39,6 +40,22 @@ def test_metrics_count_what_was_done(tiny_llm: LLM) -> None:
     assert got['idlm_http_requests_total{path="/v1/completions",status="400"}'] == 1
     assert got["idlm_time_to_first_token_seconds_count"] == 1
     assert got["idlm_kv_cache_capacity_tokens"] > 0 == got["idlm_kv_cache_tokens"]
+
+
+def test_metrics_of_the_kv_cache(tmp_path: Path) -> None:
+    """Six blocks: two answers of four blocks do not fit at once, nor do three ended ones."""
+    llm = LLM(tiny_model(tmp_path), adapter="none", dtype="float32", kv_cache_tokens=96)
+    with serving(llm) as live:
+        params = {"max_tokens": 40, "ignore_eos": True, "seed": 1}
+        for first in (5, 5, 40):
+            assert live.complete([first] * 17, **params).status_code == 200
+        got = samples(live)
+        assert got["idlm_prefix_cache_queries_total"] == 51
+        assert got["idlm_prefix_cache_hits_total"] == 16  # the whole block of the second
+        assert got["idlm_kv_cache_evictions_total"] > 0 == got["idlm_num_preemptions_total"]
+        assert live.complete([[60] * 17, [80] * 17], **params).status_code == 200
+        got = samples(live)
+    assert got["idlm_num_preemptions_total"] > 0 == got["idlm_kv_cache_tokens"]
 
 
 def test_the_dashboard_shows_metrics_that_exist(live: Live) -> None:

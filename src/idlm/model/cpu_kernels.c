@@ -391,28 +391,45 @@ DEFINE_DOT(dot_fp32)
 
 #define VB 4 /* vectors of values that are mixed together */
 
-/* o[r, 0 : count * VL] += sum_j p[r][j] * v[j, :], in the order of j. With count == VB whole groups
- * in the order of load_part, with count == 1 the first n <= VL elements in their own order. */
+/* Rows of equal length: row i lies in block table[i / tokens] at i % tokens; without a table all of
+ * them lie in one block. Strides in bytes. */
+typedef struct {
+    const char *base;
+    const int32_t *table;
+    int64_t block_stride, row_stride, tokens;
+} Rows;
+
+INLINE const char *row_at(const Rows *v, int64_t i) {
+    if (!v->table) return v->base + i * v->row_stride;
+    return v->base + v->table[i / v->tokens] * v->block_stride + i % v->tokens * v->row_stride;
+}
+
+/* o[r, 0 : count * VL] += sum_j p[r][j - first] * v[j, from byte `at`], first <= j < end, in the
+ * order of j. With count == VB whole groups in the order of load_part, with count == 1 the first
+ * n <= VL elements in their own order. */
 INLINE void mix_block(const int rows, const int count, bool half, float *o, int64_t o_stride,
-                      const float *const *p, const char *v, int64_t v_stride, int64_t keys,
+                      const float *const *p, const Rows *v, int64_t first, int64_t end, int64_t at,
                       int64_t n) {
     vf acc[RB][VB];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
         for (int i = 0; i < count; i++) acc[r][i] = vload(o + r * o_stride + i * VL);
-    for (int64_t j = 0; j < keys; j++) {
-        const char *vj = v + j * v_stride;
-        vf vv[VB];
+    for (int64_t j = first, stop; j < end; j = stop) {
+        stop = v->table ? min64(end, (j / v->tokens + 1) * v->tokens) : end;
+        const char *vj = row_at(v, j) + at;
+        for (int64_t w = j - first; w < stop - first; w++, vj += v->row_stride) {
+            vf vv[VB];
 #pragma GCC unroll 8
-        for (int i = 0; i < count; i++)
-            vv[i] = count == 1 ? load_vector(vj, half, n)
-                               : load_part(vj + i / 2 * GROUP * (half ? 2 : 4), half, i % 2);
+            for (int i = 0; i < count; i++)
+                vv[i] = count == 1 ? load_vector(vj, half, n)
+                                   : load_part(vj + i / 2 * GROUP * (half ? 2 : 4), half, i % 2);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; r++) {
-            const vf weight = (vf){0} + p[r][j];
+            for (int r = 0; r < rows; r++) {
+                const vf weight = (vf){0} + p[r][w];
 #pragma GCC unroll 8
-            for (int i = 0; i < count; i++) acc[r][i] = vfma(weight, vv[i], acc[r][i]);
+                for (int i = 0; i < count; i++) acc[r][i] = vfma(weight, vv[i], acc[r][i]);
+            }
         }
     }
 #pragma GCC unroll 8
@@ -423,8 +440,8 @@ INLINE void mix_block(const int rows, const int count, bool half, float *o, int6
 }
 
 INLINE void mix_vector(int rows, bool half, float *o, int64_t o_stride, const float *const *p,
-                       const char *v, int64_t v_stride, int64_t keys, int64_t n) {
-#define MIX_VECTOR(R) mix_block(R, 1, half, o, o_stride, p, v, v_stride, keys, n)
+                       const Rows *v, int64_t first, int64_t end, int64_t at, int64_t n) {
+#define MIX_VECTOR(R) mix_block(R, 1, half, o, o_stride, p, v, first, end, at, n)
     DISPATCH_ROWS(rows, MIX_VECTOR)
 }
 
@@ -474,8 +491,9 @@ INLINE void add_low_rank(const Linear *a, float *sums, int64_t row0, int64_t row
             width = min64(min64(VL, UP - o % UP), min64(end, a->part_end[part]) - o);
             const float *p[RB];
             for (int64_t j = 0; j < n; j++) p[j] = z + j * a->z_row + part * a->rank;
-            mix_vector((int)n, half, sums + r * SUMS + o - begin, SUMS, p,
-                       a->up + (o / UP * a->rank * UP + o % UP) * size, UP * size, a->rank, width);
+            const Rows up = {.base = a->up + o / UP * a->rank * UP * size, .row_stride = UP * size};
+            mix_vector((int)n, half, sums + r * SUMS + o - begin, SUMS, p, &up, 0, a->rank,
+                       o % UP * size, width);
         }
     }
 }
@@ -611,25 +629,25 @@ static float softmax(float *s, int64_t n, float scale) {
 INLINE int64_t grouped(int64_t head_dim) { return head_dim / (VB * VL) * (VB * VL); }
 
 INLINE void mix(int rows, bool half, int64_t head_dim, float *o, int64_t o_stride,
-                const float *const *p, const char *v, int64_t v_stride, int64_t keys) {
+                const float *const *p, const Rows *v, int64_t first, int64_t end) {
     const int64_t size = half ? 2 : 4, middle = grouped(head_dim);
     for (int64_t d = 0; d < middle; d += VB * VL) {
-#define MIX_GROUPS(R) mix_block(R, VB, half, o + d, o_stride, p, v + d * size, v_stride, keys, VL)
+#define MIX_GROUPS(R) mix_block(R, VB, half, o + d, o_stride, p, v, first, end, d * size, VL)
         DISPATCH_ROWS(rows, MIX_GROUPS)
     }
     for (int64_t d = middle; d < head_dim; d += VL)
-        mix_vector(rows, half, o + d, o_stride, p, v + d * size, v_stride, keys,
+        mix_vector(rows, half, o + d, o_stride, p, v, first, end, d * size,
                    min64(VL, head_dim - d));
 }
 
 static void mix_bf16(int rows, int64_t d, float *o, int64_t os, const float *const *p,
-                     const char *v, int64_t vs, int64_t keys) {
-    mix(rows, true, d, o, os, p, v, vs, keys);
+                     const Rows *v, int64_t first, int64_t end) {
+    mix(rows, true, d, o, os, p, v, first, end);
 }
 
 static void mix_fp32(int rows, int64_t d, float *o, int64_t os, const float *const *p,
-                     const char *v, int64_t vs, int64_t keys) {
-    mix(rows, false, d, o, os, p, v, vs, keys);
+                     const Rows *v, int64_t first, int64_t end) {
+    mix(rows, false, d, o, os, p, v, first, end);
 }
 
 /* A cache of blocks of `tokens` keys or values (a multiple of OB): index i of request b lies in
@@ -679,7 +697,7 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
     const int64_t T = a->pages.tokens, stride = a->pages.row_stride * size;
     const int64_t block_stride = a->pages.block_stride * size;
     const char *k = a->k + head * a->pages.head_stride * size;
-    const char *v = a->v + head * a->pages.head_stride * size;
+    const Rows values = {a->v + head * a->pages.head_stride * size, table, block_stride, stride, T};
 
     const int64_t qs = padded(D), ss = ceil_div(keys + OB, VL) * VL + VL;
     float *q = scratch(rows * (2 * qs + ss) * sizeof(float) + keys + OB);
@@ -733,25 +751,20 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
         p[i] = s + i * ss;
     }
 
-    /* A run of keys of a block that all rows see is mixed as one; other keys row by row. */
-    for (int64_t page = 0, first = 0; first < keys; page++, first += T) {
-        const int64_t end = min64(keys, first + T);
-        const char *block = v + table[page] * block_stride;
-        for (int64_t j = first, n; j < end; j += n) {
-            const char *vj = block + (j - first) * stride;
-            for (n = 0; j + n < end && seen[j + n] == all; n++) continue;
-            if (n) {
-                (half ? mix_bf16 : mix_fp32)(rows, D, o, qs, p, vj, stride, n);
-                for (int i = 0; i < rows; i++) p[i] += n;
-                continue;
-            }
-            n = 1;
-            for (int i = 0; i < rows; i++)
-                if (seen[j] >> i & 1) {
-                    (half ? mix_bf16 : mix_fp32)(1, D, o + i * qs, qs, p + i, vj, stride, 1);
-                    p[i]++;
-                }
+    /* A run of keys that all rows see is mixed as one; other keys row by row. */
+    for (int64_t j = 0, end; j < keys; j = end) {
+        for (end = j; end < keys && seen[end] == all; end++) continue;
+        if (end > j) {
+            (half ? mix_bf16 : mix_fp32)(rows, D, o, qs, p, &values, j, end);
+            for (int i = 0; i < rows; i++) p[i] += end - j;
+            continue;
         }
+        end = j + 1;
+        for (int i = 0; i < rows; i++)
+            if (seen[j] >> i & 1) {
+                (half ? mix_bf16 : mix_fp32)(1, D, o + i * qs, qs, p + i, &values, j, end);
+                p[i]++;
+            }
     }
 
     const int64_t heads = a->kv_heads * a->group;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from idlm.server.worker import Job, Load
@@ -57,6 +57,17 @@ class Metrics:
         self._accepted = Counter(
             "idlm_drafts_accepted", "Drafts that stood.", ("stride", "place"), registry=r
         )
+        self._prefix_queries = Counter(
+            "idlm_prefix_cache_queries", "Tokens of prompts that were looked up.", registry=r
+        )
+        self._prefix_hits = Counter(
+            "idlm_prefix_cache_hits", "Those whose keys and values were there.", registry=r
+        )
+        self._preemptions = Counter(
+            "idlm_num_preemptions",
+            "Times that a text had to leave because the KV cache was full.",
+            registry=r,
+        )
         self._first_token = Histogram(
             "idlm_time_to_first_token_seconds",
             "From the queue to the first token.",
@@ -89,6 +100,10 @@ class Metrics:
         if request is None:
             return
         self._prompt_tokens.inc(len(job.prompt_token_ids))
+        if request.started:
+            self._prefix_queries.inc(len(job.prompt_token_ids))
+            self._prefix_hits.inc(request.prefix_hit_tokens)
+            self._preemptions.inc(request.preemptions)
         method = (job.method.layout, str(job.method.stride), job.method.verification)
         self._tokens.labels(*method).inc(len(job.sent))
         stats = request.stats
@@ -114,12 +129,12 @@ class _Gauges(Collector):
     def __init__(self, load: Callable[[], Load], step_failures: Callable[[], int]) -> None:
         self._load, self._step_failures = load, step_failures
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         load = self._load()
         values = {
             "running_texts": ("Texts that are being generated.", load.running),
             "waiting_texts": ("Texts in the queue.", load.waiting),
-            "kv_cache_tokens": ("Tokens of running texts.", load.kv_tokens),
+            "kv_cache_tokens": ("Tokens of the blocks that running texts hold.", load.kv_tokens),
             "kv_cache_capacity_tokens": (
                 "Tokens that the memory set aside for keys and values holds.",
                 load.kv_capacity,
@@ -128,3 +143,8 @@ class _Gauges(Collector):
         }
         for name, (meaning, value) in values.items():
             yield GaugeMetricFamily(f"idlm_{name}", meaning, value)
+        yield CounterMetricFamily(
+            "idlm_kv_cache_evictions",
+            "Blocks of texts that had ended, given to others.",
+            load.kv_evictions,
+        )

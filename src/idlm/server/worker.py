@@ -176,14 +176,16 @@ class Load:
     """How busy the worker is.
 
     Attributes:
-        kv_tokens, kv_capacity: tokens of running requests, and those that the memory set aside
-            for keys and values holds.
+        kv_tokens, kv_capacity: tokens of the blocks that running requests hold, and of all blocks
+            set aside for keys and values.
+        kv_evictions: blocks of ended requests that were given to others, since the start.
     """
 
     running: int
     waiting: int
     kv_tokens: int
     kv_capacity: int
+    kv_evictions: int
 
 
 class Worker:
@@ -203,7 +205,6 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._lanes = [self._new_lane(self.method, shared=True)]
-        self._kv_capacity = self._lanes[0].engine.kv_capacity  # of all lanes together
         self._news: list[Update] = []
         self._live, self._live_lock = 0, threading.Lock()
         self._deadline: float | None = None
@@ -270,13 +271,15 @@ class Worker:
         """How busy the worker is; a snapshot."""
         lanes = list(self._lanes)
         jobs = [job for lane in lanes for job in list(lane.jobs)]
+        cache = lanes[0].engine.stats  # all lanes share it
         with self._live_lock:
             live = self._live
         return Load(
             running=len(jobs),
             waiting=max(live - len(jobs), 0),
-            kv_tokens=sum(len(j.prompt_token_ids) + len(j.sent) for j in jobs),
-            kv_capacity=self._kv_capacity,
+            kv_tokens=cache.kv_tokens,
+            kv_capacity=cache.kv_capacity,
+            kv_evictions=cache.evictions,
         )
 
     # What follows runs on the worker's thread.
@@ -370,10 +373,11 @@ class Worker:
         """Drop a lane that failed, with all the state that it may have damaged; its jobs."""
         self.step_failures += 1
         logger.error("a lane of %d requests failed", len(lane.jobs), exc_info=error)
-        self._lanes.remove(lane)
         lane.engine.close()
+        others = [other for other in self._lanes if other is not lane]
         if lane.shared and lane.method == self.method:
-            self._lanes.insert(0, self._new_lane(lane.method, shared=True))
+            others.insert(0, self._new_lane(lane.method, shared=True))
+        self._lanes = others  # all at once: `load` reads them on other threads
         return lane.jobs
 
     def _close_if_extra(self, lane: Lane) -> None:
