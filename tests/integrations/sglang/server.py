@@ -72,6 +72,7 @@ def environment(**extra: str) -> dict[str, str]:
     paths = (str(HERE / "stand_in"), *os.environ.get("PYTHONPATH", "").split(os.pathsep))
     return os.environ | {
         "SGLANG_USE_CPU_ENGINE": "1",
+        "TRITON_INTERPRET": "0",  # which is for the tests' own kernels
         "OMP_WAIT_POLICY": "PASSIVE",  # idle threads leave the cores to the other processes
         "TORCH_COMPILE_DISABLE": "1",  # the host compiles its penalties: a minute for each
         "PYTHONPATH": os.pathsep.join(p for p in paths if p),
