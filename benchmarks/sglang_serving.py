@@ -94,9 +94,9 @@ def main() -> None:
                 begin = time.perf_counter()
                 wait(url, args.logs / f"{name}.log")
                 report[name] = {"ready_after_seconds": time.perf_counter() - begin}
-                texts[name], report[name]["load"] = asyncio.run(
-                    measure(url, prompts, args.concurrency, args.seconds)
-                )
+                replies, load = asyncio.run(measure(url, prompts, args.concurrency, args.seconds))
+                texts[name] = [reply["output_ids"] for reply in replies]
+                report[name] |= {"tokens_per_forward": tokens_per_forward(replies), "load": load}
                 print(name, json.dumps(report[name], indent=1), file=sys.stderr)
                 _write(args.output, report)
     report["prompts"] = len(prompts)
@@ -146,19 +146,19 @@ def wait(url: str, log: Path) -> None:
 
 async def measure(
     url: str, prompts: list[list[int]], concurrency: list[int], seconds: float
-) -> tuple[list[list[int]], list[dict[str, Any]]]:
-    """The tokens of every prompt, then the figures at each concurrency."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The reply to every prompt, then the figures at each concurrency."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         replies = await asyncio.gather(*(generate(client, p) for p in prompts))
         figures = []
         for count in concurrency:
-            await load(client, prompts, count, seconds / 4)
-            figures.append(asdict(await load(client, prompts, count, seconds)))
-    return [reply["output_ids"] for reply in replies], figures
+            await under_load(client, prompts, count, seconds / 4)
+            figures.append(asdict(await under_load(client, prompts, count, seconds)))
+    return replies, figures
 
 
-async def load(
+async def under_load(
     client: httpx.AsyncClient, prompts: list[list[int]], concurrency: int, seconds: float
 ) -> Figures:
     """Keep ``concurrency`` requests running; none starts after ``seconds``."""
@@ -173,17 +173,24 @@ async def load(
     await asyncio.gather(*(user() for _ in range(concurrency)))
     passed = time.perf_counter() - begin
     tokens = sum(len(reply["output_ids"]) for reply in replies)
-    # Without speculation the host counts no forwards: each gives one token.
-    forwards = sum(
-        reply["meta_info"].get("spec_verify_ct", len(reply["output_ids"]) - 1) for reply in replies
-    )
     return Figures(
         concurrency,
         len(replies),
         tokens / passed,
-        (tokens - len(replies)) / forwards,
+        tokens_per_forward(replies),
         passed * concurrency / len(replies),
     )
+
+
+def tokens_per_forward(replies: list[dict[str, Any]]) -> float:
+    """After the first token, which reading the prompt gives."""
+    tokens = [len(reply["output_ids"]) - 1 for reply in replies]
+    # Without speculation the host counts no forwards: each gives one token.
+    forwards = [
+        reply["meta_info"].get("spec_verify_ct", count)
+        for reply, count in zip(replies, tokens, strict=True)
+    ]
+    return sum(tokens) / sum(forwards)
 
 
 async def generate(client: httpx.AsyncClient, prompt: list[int]) -> dict[str, Any]:
