@@ -8,8 +8,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from idlm.decoding.params import SamplingParams
 from idlm.decoding.sampling import Sampling
 from idlm.integrations.sglang.requests import sampling_params, seed_of
+
+
+def greedy_sampling(batch: int, device: torch.device) -> Sampling:
+    """Of ``batch`` requests that take the likeliest token and want nothing else."""
+    return Sampling(
+        seed_B=torch.zeros(batch, dtype=torch.int64, device=device),
+        greedy_B=torch.ones(batch, dtype=torch.bool, device=device),
+        all_greedy=True,
+        any_greedy=True,
+        temperature_B=torch.ones(batch, device=device),
+    )
 
 
 class BatchSampling:
@@ -25,6 +37,8 @@ class BatchSampling:
         self._requests: list[Any] = []
         self._sampling: Sampling | None = None
         self._counts_V: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Any, tuple[SamplingParams, int]] = WeakKeyDictionary()
+        self._greedy: dict[int, Sampling] = {}
 
     def running(self, requests: Sequence[Any]) -> Sampling:
         """Of requests that have gone through `starting`."""
@@ -47,11 +61,21 @@ class BatchSampling:
         return sampling
 
     def _of(self, requests: Sequence[Any], outputs: Sequence[Sequence[int]]) -> Sampling:
-        params = [sampling_params(r.sampling_params) for r in requests]
-        seeds = [
-            seed_of(p, r.rid, self._server_seed) for p, r in zip(params, requests, strict=True)
-        ]
-        return Sampling.of(params, seeds, [[]] * len(params), outputs, self.vocab_size, self.device)
+        params, seeds = zip(*map(self._wanted, requests), strict=True)
+        if all(p.greedy and not p.penalised and not p.logit_bias for p in params):
+            # Batches change every few steps: what nobody asks for is not built anew each time.
+            if len(requests) not in self._greedy:
+                self._greedy[len(requests)] = greedy_sampling(len(requests), self.device)
+            return self._greedy[len(requests)]
+        prompts: list[list[int]] = [[]] * len(params)
+        return Sampling.of(params, seeds, prompts, outputs, self.vocab_size, self.device)
+
+    def _wanted(self, request: Any) -> tuple[SamplingParams, int]:
+        """The request's parameters in our terms, and its seed."""
+        if request not in self._known:
+            params = sampling_params(request.sampling_params)
+            self._known[request] = params, seed_of(params, request.rid, self._server_seed)
+        return self._known[request]
 
     def _watch(self, requests: Sequence[Any], sampling: Sampling) -> None:
         """Keep the rows in which this sampling counts the output of its requests."""

@@ -21,7 +21,7 @@ from idlm.errors import CheckpointError
 from idlm.integrations.sglang.decoder import HostDecoder
 from idlm.integrations.sglang.masks import Masks
 from idlm.integrations.sglang.options import Options
-from idlm.integrations.sglang.sampling import BatchSampling
+from idlm.integrations.sglang.sampling import BatchSampling, greedy_sampling
 from idlm.integrations.sglang.slots import Slots
 from idlm.integrations.sglang.spec_input import Pending, Rows
 from idlm.model import checkpoint
@@ -189,16 +189,8 @@ class Worker(BaseSpecWorker):
 
         Other steps run it for nothing: they send its result to slot 0, and conclude by themselves.
         """
-        B = len(batch.req_pool_indices)
-        device = self.device
-        sampling = Sampling(
-            seed_B=torch.zeros(B, dtype=torch.int64, device=device),
-            greedy_B=torch.ones(B, dtype=torch.bool, device=device),
-            all_greedy=True,
-            any_greedy=True,
-            temperature_B=torch.ones(B, device=device),
-        )
         slot_B = batch.req_pool_indices
+        sampling = greedy_sampling(len(slot_B), self.device)
         to_B = torch.where(self._greedy, slot_B, torch.zeros_like(slot_B))
         self._conclude(output, slot_B, batch.seq_lens, sampling, to_B)
 
