@@ -120,7 +120,9 @@ class Engine:
         What is compiled, captured or timed when it is first needed is there before the load is.
         """
         sizes = [1 << n for n in range(self.max_batch.bit_length()) if 1 << n < self.max_batch]
-        params = SamplingParams(temperature=0, max_tokens=min(WARM_UP_TOKENS, self._room - 1), ignore_eos=True)
+        params = SamplingParams(
+            temperature=0, max_tokens=min(WARM_UP_TOKENS, self._room - 1), ignore_eos=True
+        )
         for size in [*sizes, self.max_batch]:
             logger.info("Setting up for %d of %d requests at once.", size, self.max_batch)
             for token in range(size):
