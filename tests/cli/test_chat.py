@@ -2,12 +2,12 @@
 
 import io
 import signal
-import subprocess
 import sys
 
 import pytest
 
 from idlm.cli.main import main
+from tests.support.command import start_idlm
 
 OPTIONS = ["chat", "--adapter", "none", "--max-tokens", "10"]
 
@@ -39,10 +39,7 @@ def test_commands_and_errors_do_not_end_it(
 
 
 def test_interrupt_stops_the_answer_only() -> None:
-    command = [sys.executable, "-m", "idlm.cli.main", *OPTIONS[:-1], "2000"]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = start_idlm(*OPTIONS[:-1], "2000")
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(b"Tell a long story.\n")
     process.stdin.flush()

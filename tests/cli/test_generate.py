@@ -12,6 +12,7 @@ import pytest
 
 from idlm.cli.compare import first_difference
 from idlm.cli.main import main
+from tests.support.command import start_idlm
 
 PROMPT = "Count from one to ten."
 
@@ -82,6 +83,12 @@ def test_compare(sampling: list[str], capsys: pytest.CaptureFixture[str]) -> Non
     assert result["speedup"] == pytest.approx(ratio)
 
 
+def test_stride_that_follows_cost_and_gain(capsys: pytest.CaptureFixture[str]) -> None:
+    result = printed_json(generate("--compare", "--stride", "auto"), capsys)
+    assert result["identical"] is True
+    assert len(result["idlm"]["token_ids"]) == 16
+
+
 def test_compare_prints_texts_figures_and_verdict(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(generate("--compare")) == 0
     out = capsys.readouterr().out
@@ -120,12 +127,8 @@ def test_show_colours_drafts_on_a_terminal_only_if_wanted(
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "idlm.cli.main", "generate", "Tell a long story."]
-    return subprocess.Popen(
-        [*command, "--adapter", "none", "--max-tokens", "2000", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    options = ["--adapter", "none", "--max-tokens", "2000", *arguments]
+    return start_idlm("generate", "Tell a long story.", *options)
 
 
 def test_interrupt_is_quiet() -> None:

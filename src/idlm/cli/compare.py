@@ -73,7 +73,10 @@ def run(args: argparse.Namespace, llm: LLM, prompt: str, params: SamplingParams)
     ar = print_stream(stream(ar_llm, prompt, params, raw=args.raw), terminal)
     terminal.line(figures(ar.stats), "dim")
     terminal.line()
-    terminal.line(f"I-DLM, {args.layout} layout, up to {args.stride} tokens per forward:", "bold")
+    way = f"{args.layout} layout, up to {args.stride} tokens per forward"
+    if args.stride == "auto":
+        way = "layout and stride by cost and gain"
+    terminal.line(f"I-DLM, {way}:", "bold")
     colours = SourceColours(llm.tokenizer) if args.show and terminal.coloured else None
     idlm = print_stream(stream(llm, prompt, params, raw=args.raw), terminal, colours)
     if colours is not None:

@@ -21,7 +21,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "the default model)",
     )
     group.add_argument(
-        "--stride", type=int, default=4, metavar="N", help="most tokens per forward (default: 4)"
+        "--stride",
+        type=stride,
+        default=4,
+        metavar="N",
+        help="most tokens per forward (default: 4), or 'auto': layout and stride follow what a "
+        "forward costs here and what it brings",
     )
     group.add_argument(
         "--layout",
@@ -43,6 +48,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="type of the weights in memory (default: auto)",
     )
+
+
+def stride(text: str) -> int | str:
+    """A whole number, or ``auto``."""
+    return text if text == "auto" else int(text)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -97,6 +97,10 @@ def run(args: argparse.Namespace) -> None:
         raise ResourceError(
             f"`idlm serve` needs {error.name}: pip install 'idlm[server]'."
         ) from error
+    if args.stride == "auto":
+        raise InvalidRequestError(
+            "`idlm serve` chooses no stride by itself yet; give --stride a number."
+        )
     listener = _listen(args.host, args.port)
     llm = options.load_llm(args, max_batch=args.max_batch, kv_cache_tokens=args.kv_cache_tokens)
     name = args.name or model_name(args.model)
