@@ -16,6 +16,8 @@ from idlm.decoding.layout import Layout
 BETTER, PATIENCE = 1.05, 8
 # What is assumed of the first place, and how many observations that is worth.
 ACCEPTANCE, WORTH = 0.8, 8.0
+# Forwards before a plan's cost is believed: the first ones set up what is needed.
+TRIES = 3
 # Observations of a place that count; older ones fade.
 MEMORY = 1000.0
 STRIDES = {"linear": (2, 4), "quadratic": (3, 4, 6, 8)}
@@ -37,6 +39,7 @@ class Policy:
     def __init__(self, plans: Sequence[Layout]) -> None:
         self.plans = sorted(plans, key=lambda plan: plan.num_rows)
         self._seconds: dict[tuple[int, Layout], float] = {}
+        self._tries: Counter[tuple[int, Layout]] = Counter()
         self.forget()
 
     def forget(self) -> None:
@@ -52,8 +55,8 @@ class Policy:
         plan, left = self._current.get(size, (self.plans[0], 0))
         if left == 0:
             plan, left = self._best(size, plan), PATIENCE
-        # A plan that was never timed is asked about again at once.
-        self._current[size] = (plan, left - 1 if (size, plan) in self._seconds else 0)
+        # A plan whose cost is not known yet is asked about again at once.
+        self._current[size] = (plan, left - 1 if self._known(size, plan) else 0)
         self.chosen[f"{plan.name}:{plan.stride}"] += 1
         return plan
 
@@ -61,6 +64,10 @@ class Policy:
         """Note what a forward of so many requests cost."""
         key = _size(requests), plan
         before = self._seconds.get(key, seconds)
+        if self._tries[key] < TRIES:
+            self._tries[key] += 1
+            self._seconds[key] = min(before, seconds)
+            return
         # What took longer than before may have been disturbed, or the first to be set up.
         share = 0.5 if seconds < before else 0.05
         self._seconds[key] = before + share * (seconds - before)
@@ -91,11 +98,14 @@ class Policy:
             return 1.0 + drafts / (2.0 - stood)
         return 1.0 + drafts
 
+    def _known(self, size: int, plan: Layout) -> bool:
+        return self._tries[size, plan] >= TRIES
+
     def _best(self, size: int, current: Layout) -> Layout:
         rates = {
             plan: self.tokens(plan) / self._seconds[size, plan]
             for plan in self.plans
-            if (size, plan) in self._seconds
+            if self._known(size, plan)
         }
         best = max(rates.values(), default=0.0)
         least = 0.0  # more rows never cost less
