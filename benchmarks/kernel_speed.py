@@ -28,7 +28,7 @@ from idlm.model.attention import PagedAttention, grouped_attention, visibility_b
 from idlm.model.config import ModelConfig, RopeConfig
 from idlm.model.decoder import Decoder
 from idlm.model.paged_kernel import Rows, attend, rotate_and_append
-from idlm.model.projection_kernel import LowRank, Tile, project
+from idlm.model.projection_kernel import LowRank, Tile, add, begin, project
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 COLD_BYTES = 400e6  # several times the L2 cache
@@ -132,25 +132,26 @@ def projected(
     weights = torch.randn(copies, O, I, device=DEVICE, dtype=DTYPE) * I**-0.5
     A = torch.randn(copies, len(modules) * rank, I, device=DEVICE, dtype=DTYPE) * I**-0.5
     B = torch.randn(O, rank, device=DEVICE, dtype=DTYPE)
-    norm = torch.ones(I, device=DEVICE, dtype=DTYPE) if around.get("norm") else None
-    residual = torch.zeros(N, O, device=DEVICE, dtype=DTYPE) if around.get("residual") else None
+    ones = torch.ones(max(I, O), device=DEVICE, dtype=DTYPE)
+    given = begin(x, ones[:I], 1e-6) if around.get("norm") else x
+    onto = None
+    if around.get("residual"):
+        onto = begin(torch.zeros(N, O, device=DEVICE, dtype=DTYPE), ones[:O], 1e-6)
     ready = torch.zeros(copies, 1, device=DEVICE, dtype=torch.int32)
 
     def kernel(update: bool) -> None:
         ready.zero_()
         for i in range(copies):
-            project(
-                x,
-                weights[i],
-                low_rank=LowRank(A[i], B, modules) if update else None,
-                first_mask=N - masks,
-                ready_1=ready[i],
-                norm_I=norm,
-                eps=1e-6,
-                gated=around.get("gated", False),
-                residual_NO=residual,
-                tile=tile,
-            )
+            how: dict[str, Any] = {
+                "low_rank": LowRank(A[i], B, modules) if update else None,
+                "first_mask": N - masks,
+                "ready_1": ready[i],
+                "tile": tile,
+            }
+            if onto is None:
+                project(given, weights[i], gated=around.get("gated", False), **how)
+            else:
+                add(onto, x, weights[i], norm_H=ones[:O], eps=1e-6, **how)
 
     def library() -> None:
         for i in range(copies):

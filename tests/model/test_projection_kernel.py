@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from idlm.model.projection_kernel import LowRank, project
+from idlm.model.projection_kernel import LowRank, add, begin, normed, project
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -48,17 +48,18 @@ class Case:
         x, weight = there(self.x_NI), there(self.weight_OI)
         A, B = there(self.A_ZI), there(self.B_OZ)
         assert x is not None and weight is not None and A is not None and B is not None
-        return project(
-            x,
-            weight,
-            there(self.bias_O, bias),
-            low_rank=LowRank(A, B, self.modules),
-            first_mask=self.first_mask,
-            norm_I=there(self.norm_I, norm),
-            eps=1e-5,
-            gated=gated,
-            residual_NO=there(self.residual(gated), residual),
-        ).cpu()
+        given = begin(x, self.norm_I.to(DEVICE), 1e-5) if norm else x
+        update = {"low_rank": LowRank(A, B, self.modules), "first_mask": self.first_mask}
+        if not residual:
+            return project(given, weight, there(self.bias_O, bias), gated=gated, **update).cpu()
+        assert not norm and not gated
+        before = begin(self.residual(gated).to(DEVICE), self.bias_O.to(DEVICE), 1e-5)
+        after = add(before, x, weight, norm_H=self.bias_O.to(DEVICE), eps=1e-5, **update)
+        # What goes on is the norm of what is stored.
+        expected = F.rms_norm(after.x_NH, after.x_NH.shape[-1:], self.bias_O.to(DEVICE), 1e-5)
+        error = relative_error(normed(after).cpu(), expected.double().cpu())
+        assert error < {4: 1e-5, 2: 1e-2}[x.itemsize]
+        return after.x_NH.cpu()
 
     def expected(self, *, norm: bool, gated: bool, residual: bool, bias: bool) -> torch.Tensor:
         x, weight, A_ZI, B_OZ, bias_O, norm_I = (

@@ -275,7 +275,7 @@ def _conclude(
                 return rows_BXA
             return rows_BXA.unflatten(1, (-1, M))[batch_B, block_B.clamp(min=0)]
 
-        block_BMH = used(hidden_BRH[:, N:])
+        block_BMH = used(hidden_BRH[:, N:]).contiguous()
         proposals = propose(
             method.decoder,
             method.adapter,

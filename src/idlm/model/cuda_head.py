@@ -26,27 +26,29 @@ def step(
     head: SamplerHead, projected_BW: torch.Tensor, token_BH: torch.Tensor, state_BH: torch.Tensor
 ) -> torch.Tensor:
     """`SamplerHead.step`."""
-    from idlm.model.projection_kernel import project
+    from idlm.model.projection_kernel import add, begin, project
 
-    given_BW = project(
-        token_BH,
-        head.from_token.weight,
-        norm_I=head.token_norm.weight,
-        eps=head.token_norm.eps or 0.0,
-        addend_NO=projected_BW,
-    )
+    token = begin(token_BH, head.token_norm.weight, head.token_norm.eps or 0.0)
+    given_BW = project(token, head.from_token.weight, addend_NO=projected_BW)
     blocks: list[HeadBlock] = list(head.blocks)  # type: ignore[arg-type]
-    for block, part_BW in zip(blocks, given_BW.chunk(len(blocks), -1), strict=True):
-        inner_BW = project(
-            state_BH,
-            block.from_state.weight,
-            norm_I=block.state_norm.weight,
-            eps=block.state_norm.eps or 0.0,
-            addend_NO=part_BW,
-            gated=True,
-        )
-        state_BH = project(inner_BW, block.out.weight, addend_NO=state_BH)
-    return state_BH
+    norms = [block.state_norm for block in blocks]
+    state = begin(state_BH, norms[0].weight, norms[0].eps or 0.0)
+    following = [*norms[1:], norms[0]]
+    parts = given_BW.chunk(len(blocks), -1)
+    for block, part_BW, norm in zip(blocks, parts, following, strict=True):
+        inner_BW = project(state, block.from_state.weight, addend_NO=part_BW, gated=True)
+        state = add(state, inner_BW, block.out.weight, norm_H=norm.weight, eps=norm.eps or 0.0)
+    return state.x_NH
+
+
+def logits(hidden: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+    """``[..., H]`` to ``[..., V]``, fp32: rounded to bf16, the best two would often be equal."""
+    rows_NH = hidden.reshape(-1, hidden.shape[-1])  # in one product, wherever the rows lie
+    if hidden.dtype is torch.float32:
+        logits_NV = rows_NH @ weight_VH.T
+    else:
+        logits_NV = torch.mm(rows_NH, weight_VH.T, out_dtype=torch.float32)
+    return logits_NV.unflatten(0, hidden.shape[:-1])
 
 
 def score(hidden_BH: torch.Tensor, weight_VH: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:

@@ -14,16 +14,15 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from idlm.model.residual import FusedResidual, PlainResidual
 
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear
     from idlm.model.attention import PagedAttention
-    from idlm.model.decoder import Decoder, Layer, Linear, RMSNorm
+    from idlm.model.decoder import Decoder, Layer
     from idlm.model.projection_kernel import LowRank
-
-    Update = tuple[LowRank | None, int]  # and the first row that it acts on
 
 # Up to so many rows of all requests the weights' bytes are what a product costs, and the fused
 # kernel reads them as fast as it goes; above, the library's product is faster, unless the weights
@@ -76,13 +75,14 @@ def run(
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
     updates = [{}] * len(layers) if adapter is None else _updates(adapter)
     small = decoder.config.hidden_size * decoder.config.intermediate_size < SMALL_WEIGHT
-    project = _fused if small or len(x_NH) <= FUSED_ROWS else _plain
+    kind = FusedResidual if small or len(x_NH) <= FUSED_ROWS else PlainResidual
     # Filled by a kernel: what is set up early has to follow one.
     ready_L41 = torch.full((len(layers), 4, 1), 0, dtype=torch.int32, device=x_NH.device)
+    residual = kind(x_NH, layers[0].attn_norm)
     for layer, update, ready in zip(layers, updates, ready_L41.unbind(), strict=True):
         k_NKTD, v_NKTD = attention.k_LNKTD[layer.index], attention.v_LNKTD[layer.index]
         low_rank = {name: (update.get(name), rows.first_mask) for name in PROJECTIONS}
-        qkv_NW = project(layer.qkv, x_NH, low_rank["qkv"], ready[0], norm=layer.attn_norm)
+        qkv_NW = residual.project(layer.qkv, low_rank["qkv"], ready[0])
         rotate_and_append(
             qkv_NW,
             cos_ND,
@@ -95,12 +95,12 @@ def run(
             decoder.config.rms_norm_eps,
         )
         attended_NX = attend(qkv_NW, k_NKTD, v_NKTD, rows, attention.window)
-        x_NH = project(layer.o, attended_NX, low_rank["o"], ready[1], residual_NO=x_NH)
-        inner_NI = project(
-            layer.gate_up, x_NH, low_rank["gate_up"], ready[2], norm=layer.mlp_norm, gated=True
-        )
-        x_NH = project(layer.down, inner_NI, low_rank["down"], ready[3], residual_NO=x_NH)
-    return rows.unflat(decoder.norm(x_NH))
+        residual.add(attended_NX, layer.o, low_rank["o"], ready[1], layer.mlp_norm)
+        inner_NI = residual.project(layer.gate_up, low_rank["gate_up"], ready[2], gated=True)
+        last = layer is layers[-1]
+        norm = decoder.norm if last else layers[layer.index + 1].attn_norm
+        residual.add(inner_NI, layer.down, low_rank["down"], ready[3], norm)
+    return rows.unflat(residual.normed())
 
 
 @cache
@@ -109,63 +109,6 @@ def usable(device: torch.device) -> bool:
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _fused(
-    linear: Linear,
-    x_NI: torch.Tensor,
-    update: Update,
-    ready_1: torch.Tensor,
-    *,
-    norm: RMSNorm | None = None,
-    gated: bool = False,
-    residual_NO: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """A projection and what surrounds it, as one launch (see `projection_kernel.project`)."""
-    from idlm.model.projection_kernel import project
-
-    return project(
-        x_NI,
-        linear.weight,
-        linear.bias,
-        low_rank=update[0],
-        first_mask=update[1],
-        ready_1=ready_1,
-        norm_I=None if norm is None else norm.weight,
-        eps=0.0 if norm is None else norm.eps,
-        gated=gated,
-        residual_NO=residual_NO,
-    )
-
-
-def _plain(
-    linear: Linear,
-    x_NI: torch.Tensor,
-    update: Update,
-    ready_1: torch.Tensor,
-    *,
-    norm: RMSNorm | None = None,
-    gated: bool = False,
-    residual_NO: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The same with the library's products, for many rows."""
-    x_NI = x_NI if norm is None else norm(x_NI)
-    y_NO = F.linear(x_NI, linear.weight, linear.bias)
-    low_rank, first_mask = update
-    if low_rank is not None and first_mask < len(x_NI):
-        z_MZ = F.linear(x_NI[first_mask:], low_rank.A_ZI)
-        modules = zip(
-            y_NO[first_mask:].split(low_rank.modules, dim=1),
-            z_MZ.split(low_rank.B_OZ.shape[1], dim=1),
-            low_rank.B_OZ.split(low_rank.modules),
-            strict=True,
-        )
-        for y_MO, z_Mr, B_Or in modules:
-            y_MO.addmm_(z_Mr, B_Or.T)
-    if gated:
-        gate_NI, up_NI = y_NO.chunk(2, dim=-1)
-        y_NO = F.silu(gate_NI) * up_NI
-    return y_NO if residual_NO is None else residual_NO.add_(y_NO)
 
 
 # By module, not in an attribute of it: what is derived must not be copied or saved with a module.

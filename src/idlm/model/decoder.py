@@ -177,9 +177,11 @@ class Decoder(nn.Module):
         return self.norm(x_BRH)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[..., H]`` to ``[..., V]``, in the dtype of ``hidden``."""
+        """``[..., H]`` to ``[..., V]``, in the dtype of ``hidden``; on CUDA not rounded, fp32."""
         if cpu_kernels.usable(hidden):
             return cpu_kernels.linear(hidden, self.output_weight)
+        if not torch.is_grad_enabled() and cuda_head.takes(hidden, self.output_weight):
+            return cuda_head.logits(hidden, self.output_weight)
         return F.linear(hidden, self.output_weight)
 
     def logits_at(self, hidden_BH: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:

@@ -179,7 +179,7 @@ def attend(
         SPLIT=parts > 1,
         STEPS=_fixed_steps(rows.table_BP.shape[1] * T),
         num_warps=4,
-        num_stages=3 if k_NKTD.itemsize == 2 else 2,
+        num_stages=2,
     )
     if parts > 1:
         dim = triton.next_power_of_2(D)

@@ -1,12 +1,15 @@
 """Triton kernel of a projection in a decoder layer: all that happens between two of its inputs.
 
 One launch computes ``y = f(x) W^T`` for all rows and ``+ (f(x) A^T) B^T`` for the mask rows, which
-come last; ``f`` is nothing or the RMS norm before the projection. On the way out, the residual
-stream is added, or the two halves of a gated MLP become one.
+come last; ``f`` is nothing or the RMS norm before the projection. On the way out, the two halves of
+a gated MLP become one, or the result is added to the residual stream.
 
 The first programs make ``z = f(x) A^T`` of the mask rows, once; the others make a tile of the base
 product each, and those that hold mask rows wait at their very end for ``z``, which has long been
 there. So clean rows pay nothing, and there is neither a second launch nor a second pass over ``y``.
+
+A norm costs nothing here: who writes the stream also writes it times the next norm's weight, and
+the sums of squares of what it wrote. What is left is one factor for each row of the product.
 """
 
 # No deferred annotations here: Triton reads them.
@@ -18,9 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-# The matrix units want 16 rows at least.
-MIN_ROWS = 16
-SHARED_BYTES = 65_536  # of a program; every GPU in question has more
+# Memory of a program that shares a multiprocessor with others, and of one that need not.
+SHARED_BYTES, ALONE_BYTES = 65_536, 98_304
+PROGRAMS = 132  # multiprocessors, about
 
 
 @dataclass(frozen=True)
@@ -52,20 +55,27 @@ class Tile:
 def tile_of(
     rows: int, outputs: int, inputs: int, modules: tuple[int, ...], itemsize: int = 2
 ) -> Tile:
-    """The tile for a product of so many rows, outputs and inputs.
+    """The tile for a product of so many rows, outputs and inputs (docs/benchmarks.md, "Tiles").
 
     All outputs of a tile belong to one module.
     """
-    height = min(64, max(MIN_ROWS, triton.next_power_of_2(rows)))
-    width = 64 if outputs >= 8192 or height > 32 else 32
-    if height == MIN_ROWS and outputs < 2048:
-        width = 16
+    wide = outputs >= 2048
+    if rows <= 32:  # as many programs as there can be: each waits for its part of the weights
+        height, width, warps = 16, 64 if outputs >= 8192 else 32 if wide else 16, 2
+    elif rows <= 64 and not wide:
+        height, width, warps = 32, 16, 4
+    elif rows < 768 or outputs < 768:
+        height, width, warps = 64, 64 if wide or rows > 256 else 32, 4
+    else:
+        height, width, warps = 128, 128 if rows * outputs >= 1 << 22 else 64, 8
     if len(modules) > 1:
         width = min(width, gcd(*modules) & -gcd(*modules))
-    # Some programs have to fit beside each other, and few rows need long steps.
-    step = 64 if height == 64 or itemsize > 2 or inputs % 128 else 128
-    stages = min(8, triton.cdiv(inputs, step), SHARED_BYTES // ((height + width) * step * itemsize))
-    return Tile(height, width, step, 4, max(2, stages))
+    programs = triton.cdiv(rows, height) * triton.cdiv(outputs, width)
+    # One program on a multiprocessor may have more of its memory than those that share one.
+    step = 128 if height == 64 and programs <= PROGRAMS and itemsize == 2 else 64
+    shared = ALONE_BYTES if programs <= PROGRAMS or height == 128 else SHARED_BYTES
+    stages = min(8, triton.cdiv(inputs, step), shared // ((height + width) * step * itemsize))
+    return Tile(height, width, step, warps, max(2, min(stages, 4 if height > 32 else 8)))
 
 
 def _zero(device: torch.device) -> torch.Tensor:
@@ -76,37 +86,135 @@ def _zero(device: torch.device) -> torch.Tensor:
 _nothing = cache(_zero)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Rows of the residual stream on their way into the RMS norm that comes next.
+
+    Attributes:
+        x_NH: the rows.
+        scaled_NH: the rows times the norm's weight.
+        squares_NP: sums of squares of the rows' parts, fp32: the rest of the norm.
+        eps: the norm's.
+    """
+
+    x_NH: torch.Tensor
+    scaled_NH: torch.Tensor
+    squares_NP: torch.Tensor
+    eps: float
+
+
+def begin(x_NH: torch.Tensor, norm_H: torch.Tensor, eps: float) -> Stream:
+    """A stream of its own that is ``x``, dense, and goes into the norm of weight ``norm``."""
+    N, H = x_NH.shape
+    own_NH, scaled_NH = torch.empty_like(x_NH), torch.empty_like(x_NH)
+    squares_N1 = torch.empty((N, 1), dtype=torch.float32, device=x_NH.device)
+    _begin[(N,)](x_NH, norm_H, own_NH, scaled_NH, squares_N1, H=H, WIDTH=triton.next_power_of_2(H))
+    return Stream(own_NH, scaled_NH, squares_N1, eps)
+
+
+def normed(stream: Stream) -> torch.Tensor:
+    """``[N, H]``: the stream behind its norm."""
+    N, H = stream.x_NH.shape
+    out_NH = torch.empty_like(stream.x_NH)
+    P = stream.squares_NP.shape[1]
+    _divide[(N,)](
+        stream.scaled_NH,
+        stream.squares_NP,
+        out_NH,
+        P,
+        stream.eps,
+        H=H,
+        WIDTH=triton.next_power_of_2(H),
+        PARTS=triton.next_power_of_2(P),
+    )
+    return out_NH
+
+
 def project(
-    x_NI: torch.Tensor,
+    x: torch.Tensor | Stream,
     weight_OI: torch.Tensor,
     bias_O: torch.Tensor | None = None,
     *,
     low_rank: LowRank | None = None,
     first_mask: int = 0,
     ready_1: torch.Tensor | None = None,
-    norm_I: torch.Tensor | None = None,
-    eps: float = 0.0,
     gated: bool = False,
     addend_NO: torch.Tensor | None = None,
-    residual_NO: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """``f(x) @ weight.T + bias``, with the update on the rows from ``first_mask``.
 
     Args:
-        x_NI: dense; of one dtype with all else.
+        x: ``[N, I]``, dense, or a stream, whose norm is ``f``; of one dtype with all else.
         ready_1: one int32 that is 0 and is used up; None: a new one.
-        norm_I: weight of the RMS norm of ``x``; None: none.
         addend_NO: added to the outputs; rows may lie apart.
         gated: the outputs are gate and up; the result is ``silu(gate) * up``, ``[N, O / 2]``.
-        residual_NO: added to the result and overwritten by it.
     Returns:
         ``[N, O]``; sums are made in fp32 and rounded once.
     """
+    rows_NI = x.scaled_NH if isinstance(x, Stream) else x
+    width = len(weight_OI) // (2 if gated else 1)
+    y_NO = torch.empty((len(rows_NI), width), dtype=rows_NI.dtype, device=rows_NI.device)
+    _launch(x, weight_OI, bias_O, low_rank, first_mask, ready_1, y_NO, gated, addend_NO, None, tile)
+    return y_NO
+
+
+def add(
+    stream: Stream,
+    x_NI: torch.Tensor,
+    weight_HI: torch.Tensor,
+    bias_H: torch.Tensor | None = None,
+    *,
+    norm_H: torch.Tensor,
+    eps: float,
+    low_rank: LowRank | None = None,
+    first_mask: int = 0,
+    ready_1: torch.Tensor | None = None,
+    tile: Tile | None = None,
+) -> Stream:
+    """``stream`` plus what `project` says of ``x``, on its way into the norm of weight ``norm``.
+
+    The rows of ``stream`` are overwritten; other arguments as there.
+    """
+    modules = low_rank.modules if low_rank else (len(weight_HI),)
+    N, (H, I) = len(x_NI), weight_HI.shape  # noqa: E741
+    tile = tile or tile_of(N, H, I, modules, x_NI.itemsize)
+    squares_NP = torch.empty(
+        (N, triton.cdiv(H, tile.outputs)), dtype=torch.float32, device=x_NI.device
+    )
+    onward = Stream(stream.x_NH, torch.empty_like(stream.x_NH), squares_NP, eps)
+    _launch(
+        x_NI,
+        weight_HI,
+        bias_H,
+        low_rank,
+        first_mask,
+        ready_1,
+        onward.x_NH,
+        False,
+        None,
+        (onward, norm_H),
+        tile,
+    )
+    return onward
+
+
+def _launch(
+    x: torch.Tensor | Stream,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    low_rank: LowRank | None,
+    first_mask: int,
+    ready_1: torch.Tensor | None,
+    y_NO: torch.Tensor,
+    gated: bool,
+    addend_NO: torch.Tensor | None,
+    onward: tuple[Stream, torch.Tensor] | None,
+    tile: Tile | None,
+) -> None:
+    """Write ``y``; with ``onward`` and the weight of its norm, add to it and go on."""
+    x_NI = x.scaled_NH if isinstance(x, Stream) else x
     N, (O, I) = len(x_NI), weight_OI.shape  # noqa: E741
-    y_NO = residual_NO
-    if y_NO is None:
-        y_NO = torch.empty((N, O // 2 if gated else O), dtype=x_NI.dtype, device=x_NI.device)
     modules = low_rank.modules if low_rank and not gated else (O,)
     tile = tile or tile_of(N, O, I, modules, x_NI.itemsize)
     masks = N - first_mask if low_rank else 0
@@ -121,30 +229,35 @@ def project(
     # Where the second and third module begin; one that is not there begins behind the end.
     second = modules[0] if len(modules) > 1 else O
     third = second + modules[1] if len(modules) > 2 else O
+    parts = x.squares_NP.shape[1] if isinstance(x, Stream) else 0
     _project[(makers + row_tiles * triton.cdiv(O, tile.outputs),)](
         x_NI,
+        x.squares_NP if isinstance(x, Stream) else x_NI,
         weight_OI,
         weight_OI if bias_O is None else bias_O,
         low_rank.A_ZI if low_rank else weight_OI,
         low_rank.B_OZ if low_rank else weight_OI,
-        weight_OI if norm_I is None else norm_I,
         y_NO,
         z_MZ,
         ready_1,
         y_NO if addend_NO is None else addend_NO,
         0 if addend_NO is None else addend_NO.stride(0),
+        y_NO if onward is None else onward[0].scaled_NH,
+        y_NO if onward is None else onward[0].squares_NP,
+        y_NO if onward is None else onward[1],
         N,
         first_mask,
         makers,
-        eps,
+        parts,
+        x.eps if isinstance(x, Stream) else 0.0,
         SECOND=second,
         THIRD=third,
         BIAS=bias_O is not None,
         ADD=addend_NO is not None,
         UPDATE=makers > 0,
-        NORM=norm_I is not None,
+        PARTS=triton.next_power_of_2(parts) if parts else 0,
         GATED=gated,
-        RESIDUAL=residual_NO is not None,
+        ONWARD=onward is not None,
         I=I,
         O=O,
         RANK=rank,
@@ -156,18 +269,55 @@ def project(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return y_NO
+
+
+@triton.jit
+def _begin(  # type: ignore[no-untyped-def]
+    x_ptr, norm_ptr, own_ptr, scaled_ptr, squares_ptr, H: tl.constexpr, WIDTH: tl.constexpr
+):
+    """One row of a stream."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, WIDTH)
+    x = tl.load(x_ptr + row * H + lane, mask=lane < H, other=0.0)
+    scale = tl.load(norm_ptr + lane, mask=lane < H, other=0.0).to(tl.float32)
+    wide = x.to(tl.float32)
+    tl.store(own_ptr + row * H + lane, x, mask=lane < H)
+    tl.store(
+        scaled_ptr + row * H + lane, (wide * scale).to(scaled_ptr.dtype.element_ty), mask=lane < H
+    )
+    tl.store(squares_ptr + row, tl.sum(wide * wide, 0))
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _divide(  # type: ignore[no-untyped-def]
+    scaled_ptr,
+    squares_ptr,
+    out_ptr,
+    parts,
+    eps,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """One row behind its norm."""
+    row = tl.program_id(0).to(tl.int64)
+    lane, part = tl.arange(0, WIDTH), tl.arange(0, PARTS)
+    squares = tl.sum(tl.load(squares_ptr + row * parts + part, mask=part < parts, other=0.0), 0)
+    scaled = tl.load(scaled_ptr + row * H + lane, mask=lane < H, other=0.0).to(tl.float32)
+    out = scaled * (1.0 / tl.sqrt(squares / H + eps))
+    tl.store(out_ptr + row * H + lane, out.to(out_ptr.dtype.element_ty), mask=lane < H)
 
 
 @triton.jit
 def _product(  # type: ignore[no-untyped-def]
     x_ptr,
+    squares_ptr,
     weight_ptr,
-    norm_ptr,
     rows,
     outputs,
+    parts,
     eps,
-    NORM: tl.constexpr,
+    PARTS: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
@@ -177,7 +327,11 @@ def _product(  # type: ignore[no-untyped-def]
     x_rows_ptr = x_ptr + rows[:, None].to(tl.int64) * I
     weight_rows_ptr = weight_ptr + outputs[None, :].to(tl.int64) * I
     y = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    squares = tl.zeros([ROWS], tl.float32)
+    if PARTS:
+        part = tl.arange(0, PARTS)[None, :]
+        squares = tl.load(
+            squares_ptr + rows[:, None].to(tl.int64) * parts + part, mask=part < parts, other=0.0
+        )
     for first in tl.range(0, I, INPUTS):
         inputs = first + tl.arange(0, INPUTS)
         if I % INPUTS == 0:
@@ -188,43 +342,41 @@ def _product(  # type: ignore[no-untyped-def]
             weight = tl.load(
                 weight_rows_ptr + inputs[:, None], mask=(inputs < I)[:, None], other=0.0
             )
-        if NORM:
-            wide = x.to(tl.float32)
-            scale = tl.load(norm_ptr + inputs, mask=inputs < I, other=0.0).to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            x = (wide * scale[None, :]).to(x_ptr.dtype.element_ty)
         y = tl.dot(x, weight, y, input_precision="ieee")
-    if NORM:
-        # What all inputs of a row are divided by can wait until they are summed up.
-        y = y * (1.0 / tl.sqrt(squares / I + eps))[:, None]
+    if PARTS:
+        y = y * (1.0 / tl.sqrt(tl.sum(squares, 1) / I + eps))[:, None]
     return y
 
 
-@triton.jit(do_not_specialize=["addend_stride", "N", "first_mask", "makers"])
+@triton.jit(do_not_specialize=["addend_stride", "N", "first_mask", "makers", "parts"])
 def _project(  # type: ignore[no-untyped-def]
     x_ptr,
+    squares_ptr,
     weight_ptr,
     bias_ptr,
     A_ptr,
     B_ptr,
-    norm_ptr,
     y_ptr,
     z_ptr,
     ready_ptr,
     addend_ptr,
     addend_stride,
+    scaled_ptr,
+    onward_squares_ptr,
+    norm_ptr,
     N,
     first_mask,
     makers,
+    parts,
     eps,
     SECOND: tl.constexpr,
     THIRD: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     UPDATE: tl.constexpr,
-    NORM: tl.constexpr,
+    PARTS: tl.constexpr,
     GATED: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    ONWARD: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     O: tl.constexpr,  # noqa: E741
     RANK: tl.constexpr,
@@ -244,12 +396,13 @@ def _project(  # type: ignore[no-untyped-def]
         rows = tl.minimum(first_mask + masks, N - 1)
         z = _product(
             x_ptr,
+            squares_ptr,
             A_ptr,
-            norm_ptr,
             rows,
             tl.minimum(ranks, Z - 1),
+            parts,
             eps,
-            NORM,
+            PARTS,
             I,
             ROWS,
             OUTPUTS,
@@ -276,12 +429,13 @@ def _project(  # type: ignore[no-untyped-def]
         safe_outputs = tl.minimum(outputs, O - 1)
         y = _product(
             x_ptr,
+            squares_ptr,
             weight_ptr,
-            norm_ptr,
             tl.minimum(rows, N - 1),
             safe_outputs,
+            parts,
             eps,
-            NORM,
+            PARTS,
             I,
             ROWS,
             OUTPUTS,
@@ -327,6 +481,14 @@ def _project(  # type: ignore[no-untyped-def]
             width = O
         y_tile_ptr = y_ptr + rows[:, None].to(tl.int64) * width + outputs[None, :]
         written = (rows < N)[:, None] & (outputs < width)[None, :]
-        if RESIDUAL:
+        if ONWARD:
             y += tl.load(y_tile_ptr, mask=written, other=0.0).to(tl.float32)
+            # What follows sees the stream as it is stored.
+            y = tl.where(written, y.to(y_ptr.dtype.element_ty).to(tl.float32), 0.0)
+            part = rows.to(tl.int64) * tl.cdiv(O, OUTPUTS) + tile
+            tl.store(onward_squares_ptr + part, tl.sum(y * y, 1), mask=rows < N)
+            scale = tl.load(norm_ptr + safe_outputs).to(tl.float32)
+            scaled_tile_ptr = scaled_ptr + rows[:, None].to(tl.int64) * width + outputs[None, :]
+            scaled = (y * scale[None, :]).to(y_ptr.dtype.element_ty)
+            tl.store(scaled_tile_ptr, scaled, mask=written)
         tl.store(y_tile_ptr, y.to(y_ptr.dtype.element_ty), mask=written)
