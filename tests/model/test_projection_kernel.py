@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,7 @@ class Case:
         self.A_ZI = random(len(modules) * rank, inputs) * inputs**-0.5
         self.B_OZ = random(outputs, rank)
         self.bias_O, self.norm_I = random(outputs), random(inputs)
+        self.merged = False
 
     def residual(self, gated: bool) -> torch.Tensor:
         width = len(self.bias_O) // (2 if gated else 1)
@@ -49,7 +52,12 @@ class Case:
         A, B = there(self.A_ZI), there(self.B_OZ)
         assert x is not None and weight is not None and A is not None and B is not None
         given = begin(x, self.norm_I.to(DEVICE), 1e-5) if norm else x
-        update = {"low_rank": LowRank(A, B, self.modules), "first_mask": self.first_mask}
+        merged = None
+        if self.merged:
+            pairs = zip(A.split(self.rank), B.split(self.modules), strict=True)
+            merged = weight + torch.cat([b @ a for a, b in pairs])
+        low_rank = LowRank(A, B, self.modules, merged)
+        update: dict[str, Any] = {"low_rank": low_rank, "first_mask": self.first_mask}
         if not residual:
             return project(given, weight, there(self.bias_O, bias), gated=gated, **update).cpu()
         assert not norm and not gated
@@ -129,6 +137,21 @@ def test_is_the_projection_and_its_update(
 def test_what_happens_on_the_way_out(rows: int, masks: int, surroundings: dict[str, bool]) -> None:
     case = Case(rows, masks, 64, (48, 48), 5)
     assert relative_error(case.run(**surroundings), case.expected(**surroundings)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize(("rows", "masks"), [(7, 3), (10, 10), (48, 36), (81, 36), (300, 130)])
+@pytest.mark.parametrize("surroundings", [{}, {"norm": True, "gated": True}, {"residual": True}])
+def test_mask_rows_with_weights_of_their_own(
+    rows: int, masks: int, surroundings: dict[str, bool], dtype: torch.dtype
+) -> None:
+    case = Case(rows, masks, 64, (48, 48), 5, dtype)
+    case.merged = True
+    surroundings = PLAIN | surroundings
+    bound = 1e-5 if dtype is torch.float32 else 1e-2
+    assert relative_error(case.run(**surroundings), case.expected(**surroundings)) < bound
 
 
 def test_clean_rows_are_those_of_the_base_model() -> None:

@@ -21,13 +21,14 @@ from idlm.model.residual import FusedResidual, PlainResidual
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear
     from idlm.model.attention import PagedAttention
-    from idlm.model.decoder import Decoder, Layer
+    from idlm.model.decoder import Decoder, Layer, Linear
     from idlm.model.projection_kernel import LowRank
 
 # Up to so many rows of all requests the weights' bytes are what a product costs, and the fused
 # kernel reads them as fast as it goes; above, the library's product is faster, unless the weights
 # are so small that launches cost more than arithmetic. It rounds elsewhere, so with bf16 a row may
-# come out otherwise than with fewer beside it.
+# come out otherwise than with fewer beside it. Mask rows have whole weights of their own, the
+# update merged in, where the weights are small.
 FUSED_ROWS = 64
 SMALL_WEIGHT = 1 << 22
 PROJECTIONS = ("qkv", "o", "gate_up", "down")
@@ -73,8 +74,8 @@ def run(
     x_NH = rows.flat(x_BRH)
     cos_ND, sin_ND = rows.flat(cos_BR1D.squeeze(2)), rows.flat(sin_BR1D.squeeze(2))
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
-    updates = [{}] * len(layers) if adapter is None else _updates(adapter)
     small = decoder.config.hidden_size * decoder.config.intermediate_size < SMALL_WEIGHT
+    updates = [{}] * len(layers) if adapter is None else _updates(decoder, adapter, merge=small)
     kind = FusedResidual if small or len(x_NH) <= FUSED_ROWS else PlainResidual
     # Filled by a kernel: what is set up early has to follow one.
     ready_L41 = torch.full((len(layers), 4, 1), 0, dtype=torch.int32, device=x_NH.device)
@@ -111,21 +112,41 @@ def usable(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-# By module, not in an attribute of it: what is derived must not be copied or saved with a module.
-_of_adapter: WeakKeyDictionary[nn.Module, list[dict[str, LowRank]]] = WeakKeyDictionary()
+# By modules, not in an attribute of one: what is derived must not be copied or saved with it.
+_Updates = list[dict[str, "LowRank"]]
+_updates_of: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Updates]]
+_updates_of = WeakKeyDictionary()
 
 
-def _updates(adapter: Adapter) -> list[dict[str, LowRank]]:
+def _updates(decoder: Decoder, adapter: Adapter, *, merge: bool) -> _Updates:
     """The updates of each layer by fused projection; made once, since a frozen adapter stays."""
+    known = _updates_of.setdefault(decoder, WeakKeyDictionary())
+    if adapter not in known:
+        layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
+        known[adapter] = [
+            {
+                name: _low_rank(lora, getattr(layer, name) if merge else None)
+                for name, lora in adapter.layer(layer.index).items()
+            }
+            for layer in layers
+        ]
+    return known[adapter]
+
+
+def _low_rank(lora: LoraLinear, base: Linear | None) -> LowRank:
+    """The update, merged with ``base`` if there is one."""
     from idlm.model.projection_kernel import LowRank
 
-    def low_rank(lora: LoraLinear) -> LowRank:
-        scaled_OZ = torch.cat([B.detach() for B in lora.B]) * lora.scale
-        return LowRank(lora.A.detach(), scaled_OZ, tuple(len(B) for B in lora.B))
-
-    if adapter not in _of_adapter:
-        _of_adapter[adapter] = [
-            {name: low_rank(lora) for name, lora in adapter.layer(index).items()}
-            for index in range(len(adapter.lora))
-        ]
-    return _of_adapter[adapter]
+    modules = tuple(len(B) for B in lora.B)
+    B_OZ = torch.cat([B.detach() for B in lora.B]) * lora.scale
+    A_ZI = lora.A.detach()
+    merged_OI = None
+    if base is not None:
+        merged_OI = base.weight.detach().to(torch.float32, copy=True)
+        rank = len(A_ZI) // len(modules)
+        for rows_OI, A_rI, B_Or in zip(
+            merged_OI.split(modules), A_ZI.split(rank), B_OZ.split(modules), strict=True
+        ):
+            rows_OI.addmm_(B_Or.float(), A_rI.float())
+        merged_OI = merged_OI.to(base.weight.dtype)
+    return LowRank(A_ZI, B_OZ, modules, merged_OI)

@@ -4,9 +4,10 @@ One launch computes ``y = f(x) W^T`` for all rows and ``+ (f(x) A^T) B^T`` for t
 come last; ``f`` is nothing or the RMS norm before the projection. On the way out, the two halves of
 a gated MLP become one, or the result is added to the residual stream.
 
-The first programs make ``z = f(x) A^T`` of the mask rows, once; the others make a tile of the base
-product each, and those that hold mask rows wait at their very end for ``z``, which has long been
-there. So clean rows pay nothing, and there is neither a second launch nor a second pass over ``y``.
+Where the mask rows have weights of their own (``W + B A``), their tiles read those. Otherwise the
+first programs make ``z = f(x) A^T`` of the mask rows, once; the others make a tile of the base
+product each, and those that hold mask rows wait at their very end for ``z``. So clean rows pay
+nothing, and there is neither a second launch nor a second pass over ``y``.
 
 A norm costs nothing here: who writes the stream also writes it times the next norm's weight, and
 the sums of squares of what it wrote. What is left is one factor for each row of the product.
@@ -34,11 +35,13 @@ class LowRank:
         A_ZI: ``rank`` rows for each module, one module after the other.
         B_OZ: ``[O, rank]``, the modules one after the other, times the update's scale.
         modules: output width of each module.
+        merged_OI: base weight and update together; None: not made.
     """
 
     A_ZI: torch.Tensor
     B_OZ: torch.Tensor
     modules: tuple[int, ...]
+    merged_OI: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -218,8 +221,11 @@ def _launch(
     modules = low_rank.modules if low_rank and not gated else (O,)
     tile = tile or tile_of(N, O, I, modules, x_NI.itemsize)
     masks = N - first_mask if low_rank else 0
-    row_tiles, makers, z_MZ = triton.cdiv(N, tile.rows), 0, y_NO
-    if low_rank and masks:
+    row_tiles, makers, z_MZ, merged_OI = triton.cdiv(N, tile.rows), 0, y_NO, None
+    if low_rank and masks and low_rank.merged_OI is not None:
+        merged_OI = low_rank.merged_OI
+        row_tiles = triton.cdiv(first_mask, tile.rows) + triton.cdiv(masks, tile.rows)
+    elif low_rank and masks:
         Z = len(low_rank.A_ZI)
         makers = triton.cdiv(masks, tile.rows) * triton.cdiv(Z, tile.outputs)
         z_MZ = torch.empty((masks, Z), dtype=x_NI.dtype, device=x_NI.device)
@@ -234,6 +240,7 @@ def _launch(
         x_NI,
         x.squares_NP if isinstance(x, Stream) else x_NI,
         weight_OI,
+        weight_OI if merged_OI is None else merged_OI,
         weight_OI if bias_O is None else bias_O,
         low_rank.A_ZI if low_rank else weight_OI,
         low_rank.B_OZ if low_rank else weight_OI,
@@ -255,6 +262,7 @@ def _launch(
         BIAS=bias_O is not None,
         ADD=addend_NO is not None,
         UPDATE=makers > 0,
+        MERGED=merged_OI is not None,
         PARTS=triton.next_power_of_2(parts) if parts else 0,
         GATED=gated,
         ONWARD=onward is not None,
@@ -353,6 +361,7 @@ def _project(  # type: ignore[no-untyped-def]
     x_ptr,
     squares_ptr,
     weight_ptr,
+    merged_ptr,
     bias_ptr,
     A_ptr,
     B_ptr,
@@ -374,6 +383,7 @@ def _project(  # type: ignore[no-untyped-def]
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
     UPDATE: tl.constexpr,
+    MERGED: tl.constexpr,
     PARTS: tl.constexpr,
     GATED: tl.constexpr,
     ONWARD: tl.constexpr,
@@ -417,8 +427,18 @@ def _project(  # type: ignore[no-untyped-def]
         tl.atomic_add(ready_ptr, 1, sem="release")
     else:
         row_tiles = tl.cdiv(N, ROWS)
+        end = N
+        if MERGED:  # no tile has rows of both kinds
+            row_tiles = tl.cdiv(first_mask, ROWS) + tl.cdiv(N - first_mask, ROWS)
         first_row = ((program - makers) % row_tiles) * ROWS
         tile = (program - makers) // row_tiles
+        if MERGED:
+            clean_rows = tl.cdiv(first_mask, ROWS) * ROWS
+            if first_row < clean_rows:
+                end = first_mask
+            else:
+                first_row += first_mask - clean_rows
+                weight_ptr = merged_ptr
         rows = first_row + tl.arange(0, ROWS)
         if GATED:
             # A tile holds gate and up of the same outputs, one beside the other.
@@ -431,7 +451,7 @@ def _project(  # type: ignore[no-untyped-def]
             x_ptr,
             squares_ptr,
             weight_ptr,
-            tl.minimum(rows, N - 1),
+            tl.minimum(rows, end - 1),
             safe_outputs,
             parts,
             eps,
@@ -447,7 +467,7 @@ def _project(  # type: ignore[no-untyped-def]
                     pass
                 ranks = tl.arange(0, RANKS)
                 masks = rows - first_mask
-                masked = (masks >= 0) & (rows < N)
+                masked = (masks >= 0) & (rows < end)
                 z_rows_ptr = z_ptr + masks[:, None] * Z + ranks[None, :]
                 real_z = masked[:, None] & (ranks < RANK)[None, :]
                 B = tl.load(
@@ -470,7 +490,7 @@ def _project(  # type: ignore[no-untyped-def]
             y += tl.load(bias_ptr + safe_outputs).to(tl.float32)[None, :]
         if ADD:
             addend_ptrs = addend_ptr + rows[:, None].to(tl.int64) * addend_stride
-            there = (rows < N)[:, None] & (outputs < O)[None, :]
+            there = (rows < end)[:, None] & (outputs < O)[None, :]
             y += tl.load(addend_ptrs + outputs[None, :], mask=there, other=0.0).to(tl.float32)
         if GATED:
             gate, up = tl.split(tl.reshape(y, [ROWS, OUTPUTS // 2, 2]))
@@ -480,13 +500,13 @@ def _project(  # type: ignore[no-untyped-def]
         else:
             width = O
         y_tile_ptr = y_ptr + rows[:, None].to(tl.int64) * width + outputs[None, :]
-        written = (rows < N)[:, None] & (outputs < width)[None, :]
+        written = (rows < end)[:, None] & (outputs < width)[None, :]
         if ONWARD:
             y += tl.load(y_tile_ptr, mask=written, other=0.0).to(tl.float32)
             # What follows sees the stream as it is stored.
             y = tl.where(written, y.to(y_ptr.dtype.element_ty).to(tl.float32), 0.0)
             part = rows.to(tl.int64) * tl.cdiv(O, OUTPUTS) + tile
-            tl.store(onward_squares_ptr + part, tl.sum(y * y, 1), mask=rows < N)
+            tl.store(onward_squares_ptr + part, tl.sum(y * y, 1), mask=rows < end)
             scale = tl.load(norm_ptr + safe_outputs).to(tl.float32)
             scaled_tile_ptr = scaled_ptr + rows[:, None].to(tl.int64) * width + outputs[None, :]
             scaled = (y * scale[None, :]).to(y_ptr.dtype.element_ty)
