@@ -22,8 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
+# The matrix units want 16 rows at least.
+MIN_ROWS = 16
 # Memory of a program that shares a multiprocessor with others, and of one that need not.
-SHARED_BYTES, ALONE_BYTES = 65_536, 98_304
+SHARED_BYTES, ALONE_BYTES = 65_536, 131_072
 PROGRAMS = 132  # multiprocessors, about
 
 
@@ -62,23 +64,37 @@ def tile_of(
 
     All outputs of a tile belong to one module.
     """
-    wide = outputs >= 2048
-    if rows <= 32:  # as many programs as there can be: each waits for its part of the weights
-        height, width, warps = 16, 64 if outputs >= 8192 else 32 if wide else 16, 2
-    elif rows <= 64 and not wide:
-        height, width, warps = 32, 16, 4
+    heavy = outputs * inputs >= 1 << 22  # its bytes are what it costs; else, that all wait
+    few = rows <= 16 or (rows <= 32 and not heavy)
+    if few:
+        height, width, warps = MIN_ROWS, 32 if outputs >= (8192 if heavy else 2048) else 16, 2
+    elif rows <= 32 or (rows <= 64 and outputs < 2048):
+        height, width, warps = 32, 32 if heavy else 16, 4
     elif rows < 768 or outputs < 768:
-        height, width, warps = 64, 64 if wide or rows > 256 else 32, 4
+        height, warps = 64, 4
+        width = 64 if triton.cdiv(rows, 64) * triton.cdiv(outputs, 64) >= 96 else 32
     else:
         height, width, warps = 128, 128 if rows * outputs >= 1 << 22 else 64, 8
     if len(modules) > 1:
         width = min(width, gcd(*modules) & -gcd(*modules))
     programs = triton.cdiv(rows, height) * triton.cdiv(outputs, width)
+    alone = programs <= PROGRAMS
+    step = 128 if itemsize == 2 and (heavy if few else height == 64 and alone) else 64
     # One program on a multiprocessor may have more of its memory than those that share one.
-    step = 128 if height == 64 and programs <= PROGRAMS and itemsize == 2 else 64
-    shared = ALONE_BYTES if programs <= PROGRAMS or height == 128 else SHARED_BYTES
-    stages = min(8, triton.cdiv(inputs, step), shared // ((height + width) * step * itemsize))
-    return Tile(height, width, step, warps, max(2, min(stages, 4 if height > 32 else 8)))
+    shared = _memory() if alone or height == 128 else SHARED_BYTES
+    most = (3 if heavy and not alone and width > 16 else 8) if few else 6 if height == 32 else 4
+    stages = min(most, triton.cdiv(inputs, step), shared // ((height + width) * step * itemsize))
+    return Tile(height, width, step, warps, max(2, stages))
+
+
+@cache
+def _memory() -> int:
+    """Bytes for the operands of a program that has a multiprocessor to itself."""
+    if not torch.cuda.is_available():
+        return ALONE_BYTES
+    driver = triton.runtime.driver.active
+    properties = driver.utils.get_device_properties(torch.cuda.current_device())
+    return min(ALONE_BYTES, int(properties["max_shared_mem"]) - 8192)
 
 
 def _zero(device: torch.device) -> torch.Tensor:
