@@ -31,7 +31,7 @@ def propose(
     Place ``j`` is drawn from the model's output layer on ``h_j + s_j`` (`SamplerHead`; ``h_j``
     alone without a head), over the `likeliest` tokens of ``h_j`` alone, so that the
     head rescores a few tokens instead of the whole vocabulary. ``q`` is that restricted
-    distribution, so verification stays exact.
+    distribution, so verification stays exact. Greedy requests draft the likeliest.
 
     Args:
         hidden_BMH: final hidden states of the mask block.
@@ -40,13 +40,13 @@ def propose(
         position_B: position of the first draft.
         coupled: draw with the noise that verification will use (the coupled rule).
     """
-    ids_BMK = likeliest(logits_BMV, num_candidates(logits_BMV.device, logits_BMV.shape[-1]))
+    ids_BMK = likeliest(logits_BMV, num_candidates(logits_BMV.shape[-1]))
     count_B = torch.full_like(first_B, ids_BMK.shape[1])
     head = None if adapter is None else adapter.head
     plain = sampling.all_greedy and not sampling.adjusts_logits
     if plain and head is not None and cpu_kernels.usable(hidden_BMH):
         tokens_BM = greedy_chain(decoder, head, hidden_BMH, ids_BMK, first_B)
-        return Drafts(tokens_BM, ids_BMK, (ids_BMK == tokens_BM[..., None]).float(), count_B)
+        return Drafts.certain(tokens_BM, count_B)
     stream = Stream.TOKEN if coupled else Stream.DRAFT
     if head is not None:
         projected_BMW = head.project(hidden_BMH)
@@ -66,22 +66,23 @@ def propose(
         )
         if sampling.all_greedy:
             choice_B1 = greedy_choice(logits_B1K, sampling, drafts_B1E, ids_B1K)
-            q_BK = torch.zeros_like(logits_B1K[:, 0], dtype=torch.float32)
-            q_BK.scatter_(1, choice_B1, 1.0)
         else:
             q_BK = distribution(logits_B1K, sampling, drafts_B1E, ids_B1K)[:, 0]
             place_B1 = (position_B + j)[:, None]
             noise_BK = exponential(sampling.seed_B[:, None], place_B1, stream, ids_B1K[:, 0])
             choice_B1 = sample(q_BK, noise_BK)[:, None]
+            probs.append(q_BK)
         previous_B = ids_B1K[:, 0].gather(1, choice_B1).squeeze(1)
         tokens.append(previous_B)
-        probs.append(q_BK)
-    return Drafts(torch.stack(tokens, dim=1), ids_BMK, torch.stack(probs, dim=1), count_B)
+    tokens_BM = torch.stack(tokens, dim=1)
+    if sampling.all_greedy:
+        return Drafts.certain(tokens_BM, count_B)
+    return Drafts(tokens_BM, ids_BMK, torch.stack(probs, dim=1), count_B)
 
 
-def num_candidates(device: torch.device, vocab_size: int) -> int:
-    """Candidates of a place; more on CUDA, where of two likely tokens one may be lost."""
-    return min(2 * CANDIDATES if cuda_head.usable(device) else CANDIDATES, vocab_size)
+def num_candidates(vocab_size: int) -> int:
+    """Candidates of a place."""
+    return min(CANDIDATES, vocab_size)
 
 
 def likeliest(logits: torch.Tensor, k: int) -> torch.Tensor:

@@ -19,6 +19,8 @@ RULES = ("rejection", "coupled")
 class Drafts:
     """Proposed tokens of ``B`` requests and the distribution each was sampled from.
 
+    Where all requests are greedy, the token itself is its only candidate (K = 1).
+
     Attributes:
         tokens_BM: ``d_1 .. d_M``, int64.
         ids_BMK: the candidates of each place, int64.
@@ -43,6 +45,12 @@ class Drafts:
         )
 
     @classmethod
+    def certain(cls, tokens_BM: torch.Tensor, count_B: torch.Tensor) -> Drafts:
+        """The likeliest tokens, of greedy requests."""
+        ids_BM1 = tokens_BM[..., None]
+        return cls(tokens_BM, ids_BM1, torch.ones_like(ids_BM1, dtype=torch.float32), count_B)
+
+    @classmethod
     def cat(cls, parts: Sequence[Drafts]) -> Drafts:
         """The requests of all ``parts``, in order, with as many places as any of them has."""
         places = max(d.tokens_BM.shape[1] for d in parts)
@@ -58,12 +66,16 @@ class Drafts:
     def resized(self, places: int, candidates: int | None = None) -> Drafts:
         """Cut or filled up to so many places (and filled up to so many candidates).
 
-        A draft that is cut off was never there: what is left is a shorter block.
+        A draft that is cut off was never there: what is left is a shorter block. Of greedy
+        requests, candidates may be cut down to 1.
         """
         _, M, K = self.ids_BMK.shape
         candidates = candidates or K
         if self.ids_BMK.shape[1:] == (places, candidates):
             return self
+        if candidates == 1:
+            tokens_BM = F.pad(self.tokens_BM, (0, places - M))
+            return Drafts.certain(tokens_BM, self.count_B.clamp(max=places))
         more = (0, candidates - K, 0, places - M)
         return Drafts(
             F.pad(self.tokens_BM, (0, places - M)),

@@ -34,7 +34,8 @@ class Graphs:
 
     Args:
         table_width: blocks that a request holds at most.
-        places, candidates: drafts of a request at most, and tokens among which each was chosen.
+        places: drafts of a request at most.
+        candidates: tokens among which each was chosen, where not all requests are greedy.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Graphs:
         candidates: int,
     ) -> None:
         self._cache, self._device, self._width = cache, device, table_width
-        self._draft_shape = places, candidates
+        self._places, self._candidates = places, candidates
         self._inputs: dict[tuple[object, ...], Inputs] = {}
         self._texts: dict[tuple[object, ...], Texts] = {}
         self._graphs: dict[tuple[object, ...], Graph] = {}
@@ -60,7 +61,8 @@ class Graphs:
         size = _power(B)
         kind = (size, *sampling.kind)
         if kind not in self._inputs:
-            self._inputs[kind] = Inputs.empty(size, self._width, *self._draft_shape, sampling)
+            candidates = 1 if sampling.all_greedy else self._candidates
+            self._inputs[kind] = Inputs.empty(size, self._width, self._places, candidates, sampling)
         inputs, key = self._inputs[kind], (*kind, method.layout)
         if key not in self._graphs:
 

@@ -27,12 +27,23 @@ class Slots:
             zeros(places, candidates, dtype=torch.float32),
             zeros(),
         )
+        # Drafts of greedy batches have no distribution but their tokens.
+        self._certain_P = zeros(dtype=torch.bool)
         self.committed_PN = zeros(places + 1)
         self.accepted_P = zeros()
 
-    def drafts(self, slot_B: torch.Tensor) -> Drafts:
+    def drafts(self, slot_B: torch.Tensor, all_greedy: bool) -> Drafts:
         """The drafts of the requests in these slots."""
-        return self._drafts.select(slot_B)
+        if all_greedy:
+            return Drafts.certain(self.tokens(slot_B), self.count(slot_B))
+        drafts = self._drafts.select(slot_B)
+        certain = Drafts.certain(drafts.tokens_BM, drafts.count_B).resized(
+            *drafts.ids_BMK.shape[1:]
+        )
+        certain_B11 = self._certain_P[slot_B][:, None, None]
+        drafts.ids_BMK = torch.where(certain_B11, certain.ids_BMK, drafts.ids_BMK)
+        drafts.probs_BMK = torch.where(certain_B11, certain.probs_BMK, drafts.probs_BMK)
+        return drafts
 
     def count(self, slot_B: torch.Tensor) -> torch.Tensor:
         """How many drafts these slots hold: 0 or all places, int64."""
@@ -52,11 +63,14 @@ class Slots:
         tokens_BN: torch.Tensor,
         accepted_B: torch.Tensor,
         proposals: Drafts,
+        all_greedy: bool,
     ) -> None:
         """Keep what a forward committed and what it proposes."""
         self.committed_PN[slot_B] = tokens_BN
         self.accepted_P[slot_B] = accepted_B
         self._drafts.tokens_BM[slot_B] = proposals.tokens_BM
-        self._drafts.ids_BMK[slot_B] = proposals.ids_BMK
-        self._drafts.probs_BMK[slot_B] = proposals.probs_BMK
         self._drafts.count_B[slot_B] = proposals.count_B
+        self._certain_P[slot_B] = all_greedy
+        if not all_greedy:
+            self._drafts.ids_BMK[slot_B] = proposals.ids_BMK
+            self._drafts.probs_BMK[slot_B] = proposals.probs_BMK

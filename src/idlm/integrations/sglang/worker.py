@@ -91,7 +91,7 @@ class Worker(BaseSpecWorker):
         self._slots = self._masks.slots = Slots(
             len(self._slot_tokens),
             self.layout.block_size,
-            num_candidates(self.device, self._sampling.vocab_size),
+            num_candidates(self._sampling.vocab_size),
             self.device,
         )
 
@@ -206,7 +206,7 @@ class Worker(BaseSpecWorker):
         N, W = self.layout.stride, self.layout.num_rows
         logits_BWV = self._never_mask(output.next_token_logits).unflatten(0, (-1, W))
         hidden_BWH = output.hidden_states.unflatten(0, (-1, W))
-        drafts = self._slots.drafts(slot_B)
+        drafts = self._slots.drafts(slot_B, sampling.all_greedy)
         first_B = length_B + 1
         verdict = verify(self.rule, logits_BWV[:, :N], drafts, first_B, sampling)
         tokens_BN = torch.cat((drafts.tokens_BM, verdict.next_B[:, None]), dim=1)
@@ -225,7 +225,7 @@ class Worker(BaseSpecWorker):
         # The block hangs on the last draft: after a rejection it is of no use.
         stands_B = verdict.accepted_B == drafts.count_B
         proposals.count_B = torch.where(stands_B, proposals.count_B, 0)
-        self._slots.store(to_B, tokens_BN, verdict.accepted_B, proposals)
+        self._slots.store(to_B, tokens_BN, verdict.accepted_B, proposals, sampling.all_greedy)
 
     def _never_mask(self, logits: torch.Tensor) -> torch.Tensor:
         """The mask token of a fully converted model is never sampled."""
