@@ -32,7 +32,8 @@ def proposed(*params: SamplingParams) -> Drafts:
         hidden_BMH,
         decoder.logits(hidden_BMH),
         torch.arange(B),
-        torch.full((B,), 9),
+        torch.full((B,), 8),
+        torch.full((B,), M),
         sampling_of(*params),
         coupled=False,
     )

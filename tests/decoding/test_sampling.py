@@ -126,7 +126,7 @@ def test_candidates_get_the_logits_that_the_whole_vocabulary_would(seed: int) ->
 
 def test_commit_counts_only_what_was_committed() -> None:
     sampling = batch(SamplingParams(frequency_penalty=1.0), SamplingParams(), output=[4])
-    sampling.commit(torch.tensor([[4, 5, 6], [7, 8, 9]]), torch.tensor([2, 1]))
+    sampling.commit(torch.tensor([[4, 5, 6], [7, 8, 9]]), torch.tensor([1, 0]))
     assert sampling.counts_BV is not None
     wanted = torch.zeros(2, V)
     wanted[0, 4], wanted[0, 5], wanted[1, 4], wanted[1, 7] = 2, 1, 1, 1

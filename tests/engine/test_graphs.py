@@ -54,7 +54,7 @@ class Again:
 
     def replay(self) -> None:
         outcome = self._run()
-        self.packed_BX, self.rows = outcome.packed(), outcome.rows
+        self.packed_BX, self.rows = outcome.packed_BX, outcome.rows
         self.state = self._inputs.go_on(outcome.state)
 
 

@@ -16,6 +16,7 @@ import torch
 from idlm.decoding.layout import Layout, row_tables
 from idlm.decoding.propose import propose
 from idlm.decoding.sampling import Sampling
+from idlm.decoding.settle import settle
 from idlm.decoding.verify import Drafts, Verdict, verify
 from idlm.model.adapter import Adapter
 from idlm.model.attention import PagedAttention
@@ -79,27 +80,21 @@ class Outcome:
     """What one forward brought.
 
     Attributes:
-        tokens_BN: committed tokens, the first ``accepted_B + 1`` of each row, int64.
-        drafted_B: drafts that were tested, int64.
+        packed_BX: what the host is told, ``[B, 2 N + 1]`` int64: the tokens, accepted drafts, those
+            that were tested, and the bits of the verdict's overlap.
+        tokens_BN: committed tokens, the first ``accepted_B + 1`` of each row.
         verdict: accepted drafts and the token after them.
         logits_BNV: the base model's raw logits behind ``tokens_BN``.
         state: for the next forward.
         rows: clean and mask rows of each request that took part.
     """
 
+    packed_BX: torch.Tensor
     tokens_BN: torch.Tensor
-    drafted_B: torch.Tensor
     verdict: Verdict
     logits_BNV: torch.Tensor
     state: State
     rows: int
-
-    def packed(self) -> torch.Tensor:
-        """``[B, 2 N + 1]`` int64: tokens, accepted, drafted and the overlap's bits."""
-        verdict = self.verdict
-        counts_B2 = torch.stack((verdict.accepted_B, self.drafted_B), dim=1)
-        bits_BM = verdict.overlap_BM.float().contiguous().view(torch.int32).long()
-        return torch.cat((self.tokens_BN, counts_B2, bits_BM), dim=1)
 
 
 def decode(
@@ -149,7 +144,7 @@ def decode(
         method,
         hidden_BRH,
         layout.num_masks,
-        tables.block_after_NN[drafts.count_B],
+        tables.block_after_NN,
         state,
         sampling,
     )
@@ -187,7 +182,7 @@ def prefill(
         method,
         torch.cat((last_B1H, hidden_BRH[:, C:]), dim=1),
         masks,
-        torch.full_like(last_B1, 0 if masks else -1),
+        row_tables(method.layout, tokens_BC.device).block_after_NN[:1, :1],
         state,
         sampling,
     )
@@ -245,50 +240,44 @@ def _conclude(
     method: Method,
     hidden_BRH: torch.Tensor,
     num_masks: int,
-    block_after_BN: torch.Tensor,
+    block_after_NN: torch.Tensor,
     state: State,
     sampling: Sampling,
 ) -> Outcome:
     """Verify, commit and propose, given the final hidden states of a forward's last rows."""
-    drafts, B, M = state.drafts, len(hidden_BRH), method.layout.block_size
-    N = hidden_BRH.shape[1] - num_masks
+    drafts, (B, R, _), M = state.drafts, hidden_BRH.shape, method.layout.block_size
+    N = R - num_masks
     # The output layer is read once for all rows where that is cheaper than reading it again for
     # the one block that is used.
-    at_once = num_masks == M or hidden_BRH.shape[0] * hidden_BRH.shape[1] <= ONE_PASS_ROWS
+    at_once = num_masks == M or B * R <= ONE_PASS_ROWS
     logits_BRV = _logits(method, hidden_BRH if at_once else hidden_BRH[:, :N])
     logits_BNV = logits_BRV[:, :N]
-    first_B = state.length_B + 1
-    verdict = verify(method.rule, logits_BNV, drafts, first_B, sampling)
-    tokens_BN = torch.cat((drafts.tokens_BM, verdict.next_B[:, None]), dim=1)
-    tokens_BN.scatter_(1, verdict.accepted_B[:, None], verdict.next_B[:, None])
-    sampling.commit(tokens_BN, verdict.accepted_B + 1)
-    length_B = first_B + verdict.accepted_B
+    verdict = verify(method.rule, logits_BNV, drafts, state.length_B + 1, sampling)
+    settled = settle(verdict, drafts, state.length_B, block_after_NN, R, M)
+    tokens_BN = settled.packed_BX[:, :N]
+    sampling.commit(tokens_BN, verdict.accepted_B)
     if M == 0:
-        proposals = Drafts.none(B, length_B.device)
+        proposals = Drafts.none(B, settled.length_B.device)
     else:
-        block_B = block_after_BN.gather(1, verdict.accepted_B[:, None]).squeeze(1)
-        batch_B = torch.arange(B, device=block_B.device)
 
-        def used(rows_BXA: torch.Tensor) -> torch.Tensor:
+        def used(rows_BRA: torch.Tensor) -> torch.Tensor:
             """Of the mask rows, those of the block that follows the committed tokens."""
-            if num_masks == M:
-                return rows_BXA
-            return rows_BXA.unflatten(1, (-1, M))[batch_B, block_B.clamp(min=0)]
+            return rows_BRA[:, N:] if num_masks == M else rows_BRA.flatten(0, 1)[settled.rows_BM]
 
-        block_BMH = used(hidden_BRH[:, N:]).contiguous()
+        block_BMH = used(hidden_BRH).contiguous()
         proposals = propose(
             method.decoder,
             method.adapter,
             block_BMH,
-            used(logits_BRV[:, N:]) if at_once else _logits(method, block_BMH),
+            used(logits_BRV) if at_once else _logits(method, block_BMH),
             verdict.next_B,
-            length_B + 1,
+            settled.length_B,
+            settled.proposed_B,
             sampling,
             coupled=method.rule == "coupled",
         )
-        proposals.count_B = torch.where(block_B >= 0, proposals.count_B, 0)
-    state = State(verdict.next_B, length_B, proposals)
-    return Outcome(tokens_BN, drafts.count_B, verdict, logits_BNV, state, hidden_BRH.shape[1])
+    state = State(verdict.next_B, settled.length_B, proposals)
+    return Outcome(settled.packed_BX, tokens_BN, verdict, logits_BNV, state, R)
 
 
 def _logits(method: Method, hidden_BRH: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ def propose(
     logits_BMV: torch.Tensor,
     first_B: torch.Tensor,
     position_B: torch.Tensor,
+    count_B: torch.Tensor,
     sampling: Sampling,
     *,
     coupled: bool,
@@ -37,17 +38,25 @@ def propose(
         hidden_BMH: final hidden states of the mask block.
         logits_BMV: the output layer on them.
         first_B: the token that this forward sampled, which stands before the first draft.
-        position_B: position of the first draft.
+        position_B: its position; the drafts are for those that follow.
+        count_B: how many of the drafts will count, int64.
         coupled: draw with the noise that verification will use (the coupled rule).
     """
     ids_BMK = likeliest(logits_BMV, num_candidates(logits_BMV.shape[-1]))
-    count_B = torch.full_like(first_B, ids_BMK.shape[1])
     head = None if adapter is None else adapter.head
-    plain = sampling.all_greedy and not sampling.adjusts_logits
-    if plain and head is not None and cpu_kernels.usable(hidden_BMH):
-        tokens_BM = greedy_chain(decoder, head, hidden_BMH, ids_BMK, first_B)
-        return Drafts.certain(tokens_BM, count_B)
     stream = Stream.TOKEN if coupled else Stream.DRAFT
+    if head is not None and sampling.plain:
+        if sampling.all_greedy and cpu_kernels.usable(hidden_BMH):
+            tokens_BM = greedy_chain(decoder, head, hidden_BMH, ids_BMK, first_B)
+            return Drafts.certain(tokens_BM, count_B)
+        if cuda_head.takes_chain(decoder, hidden_BMH, logits_BMV.shape[-1]):
+            draw = sampling.draw(position_B, stream)
+            tokens_BM, probs_BMK = cuda_head.chain(
+                decoder, head, hidden_BMH, ids_BMK, first_B, draw
+            )
+            if probs_BMK is None:
+                return Drafts.certain(tokens_BM, count_B)
+            return Drafts(tokens_BM, ids_BMK, probs_BMK, count_B)
     if head is not None:
         projected_BMW = head.project(hidden_BMH)
         state_BH = torch.zeros_like(hidden_BMH[:, 0])
@@ -68,7 +77,7 @@ def propose(
             choice_B1 = greedy_choice(logits_B1K, sampling, drafts_B1E, ids_B1K)
         else:
             q_BK = distribution(logits_B1K, sampling, drafts_B1E, ids_B1K)[:, 0]
-            place_B1 = (position_B + j)[:, None]
+            place_B1 = (position_B + 1 + j)[:, None]
             noise_BK = exponential(sampling.seed_B[:, None], place_B1, stream, ids_B1K[:, 0])
             choice_B1 = sample(q_BK, noise_BK)[:, None]
             probs.append(q_BK)

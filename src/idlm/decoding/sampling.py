@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 import torch
 
 from idlm.decoding.params import SamplingParams
-from idlm.model import cpu_kernels
+from idlm.decoding.random import Stream
+from idlm.model import cpu_kernels, cuda_head
 from idlm.model.transfer import upload
 
 
@@ -116,15 +117,29 @@ class Sampling:
         return (self.all_greedy, self.any_greedy, self.max_top_k, *self.tensors)
 
     @property
+    def plain(self) -> bool:
+        """Whether all that anybody asks for is a temperature."""
+        limits = (self.top_k_B, self.top_p_B, self.min_p_B)
+        return not self.adjusts_logits and all(x is None for x in limits)
+
+    @property
     def adjusts_logits(self) -> bool:
         """Whether a request has penalties, a bias or a grammar."""
         return any(x is not None for x in (self.counts_BV, self.bias_BV, self.allowed_BNV))
 
-    def commit(self, tokens_BN: torch.Tensor, num_tokens_B: torch.Tensor) -> None:
-        """Count the first ``num_tokens_B`` of ``tokens_BN`` as output."""
+    def draw(self, position_B: torch.Tensor, stream: Stream) -> cuda_head.Draw | None:
+        """How to draw, for kernels; None: everybody takes the likeliest."""
+        if self.all_greedy:
+            return None
+        return cuda_head.Draw(
+            self.seed_B, position_B, int(stream), self.temperature_B, self.greedy_B
+        )
+
+    def commit(self, tokens_BN: torch.Tensor, accepted_B: torch.Tensor) -> None:
+        """Count the accepted of ``tokens_BN``, and the one after them, as output."""
         if self.counts_BV is not None:
             place_N = torch.arange(tokens_BN.shape[1], device=tokens_BN.device)
-            self.counts_BV.scatter_add_(1, tokens_BN, (place_N < num_tokens_B[:, None]).float())
+            self.counts_BV.scatter_add_(1, tokens_BN, (place_N <= accepted_B[:, None]).float())
 
 
 def _counts(texts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -172,6 +187,8 @@ def greedy_choice(
         logits_BRX = adjusted_logits(logits_BRX, sampling, drafts_BRE, ids_BRX)
     if cpu_kernels.usable(logits_BRX):
         return cpu_kernels.argmax(logits_BRX)
+    if cuda_head.usable(logits_BRX.device):
+        return cuda_head.argmax(logits_BRX)
     return logits_BRX.argmax(dim=-1)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from idlm.decoding.random import Stream, exponential, uniform
 from idlm.decoding.sampling import Sampling, distribution, greedy_choice, sample
 from idlm.errors import InvalidRequestError
+from idlm.model import cuda_head
 
 RULES = ("rejection", "coupled")
 
@@ -69,20 +70,18 @@ class Drafts:
         A draft that is cut off was never there: what is left is a shorter block. Of greedy
         requests, candidates may be cut down to 1.
         """
-        _, M, K = self.ids_BMK.shape
-        candidates = candidates or K
-        if self.ids_BMK.shape[1:] == (places, candidates):
-            return self
-        if candidates == 1:
-            tokens_BM = F.pad(self.tokens_BM, (0, places - M))
-            return Drafts.certain(tokens_BM, self.count_B.clamp(max=places))
-        more = (0, candidates - K, 0, places - M)
-        return Drafts(
-            F.pad(self.tokens_BM, (0, places - M)),
-            F.pad(self.ids_BMK, more),
-            F.pad(self.probs_BMK, more),
-            self.count_B.clamp(max=places),
-        )
+        tokens_BM, ids_BMK, probs_BMK = self.tokens_BM, self.ids_BMK, self.probs_BMK
+        count_B, (_, M, K) = self.count_B, ids_BMK.shape
+        if places < M:
+            tokens_BM, ids_BMK = tokens_BM[:, :places], ids_BMK[:, :places]
+            probs_BMK, count_B = probs_BMK[:, :places], count_B.clamp(max=places)
+        if candidates == 1 < K:
+            ids_BMK, probs_BMK = tokens_BM[..., None], torch.ones_like(probs_BMK[..., :1])
+        more = (0, max(0, (candidates or K) - K), 0, max(0, places - M))
+        if any(more):
+            tokens_BM = F.pad(tokens_BM, more[2:])
+            ids_BMK, probs_BMK = F.pad(ids_BMK, more), F.pad(probs_BMK, more)
+        return Drafts(tokens_BM, ids_BMK, probs_BMK, count_B)
 
     def select(self, rows: torch.Tensor) -> Drafts:
         """The requests at ``rows`` (int64)."""
@@ -131,6 +130,8 @@ def verify(
         logits_BNV: rows of pending and ``d_1 .. d_{N-1}``; row ``i`` predicts ``d_{i+1}``.
         position_B: position of the first draft, int64: what its random draws are keyed by.
     """
+    if sampling.plain and sampling.all_greedy and cuda_head.usable(logits_BNV.device):
+        return Verdict(*cuda_head.greedy_verdict(logits_BNV, drafts.tokens_BM, drafts.count_B))
     before_BNM = _drafts_before(drafts.tokens_BM)
     if sampling.all_greedy:
         targets_BN = greedy_choice(logits_BNV, sampling, before_BNM)

@@ -20,7 +20,7 @@ class Launch:
 
     Attributes:
         state: what the next one goes on from.
-        packed_BX: `Outcome.packed`.
+        packed_BX: as in `Outcome`.
         rows: clean and mask rows of each request.
         logits_BNV: the base model's raw logits behind the tokens; None: not kept.
         seconds: what it takes the device; None: not known.

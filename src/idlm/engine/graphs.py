@@ -119,14 +119,12 @@ class Graphs:
             with torch.cuda.stream(stream):
                 # What is compiled or allocated once is not part of the graph.
                 outcome = run()
-                outcome.packed()
                 inputs.go_on(outcome.state)
             torch.cuda.current_stream(self._device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             inputs.clear()
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outcome = run()
-                packed_BX = outcome.packed()
                 state = inputs.go_on(outcome.state)
             self._pool = graph.pool()
             seconds = _timed(graph)
@@ -135,7 +133,7 @@ class Graphs:
         finally:
             for tensor, before in zip(inputs.tensors, kept, strict=True):
                 tensor.copy_(before)
-        return Graph(graph, packed_BX, state, outcome.rows, seconds)
+        return Graph(graph, outcome.packed_BX, state, outcome.rows, seconds)
 
 
 def _timed(graph: torch.cuda.CUDAGraph, times: int = 3) -> float:
@@ -193,14 +191,13 @@ class Inputs:
     ) -> Inputs:
         """Rows of nobody."""
         zeros_B = torch.zeros_like(sampling.seed_B[:1]).repeat(size)
-        ids_BMK = zeros_B.new_zeros(size, places, candidates)
+        drafts = Drafts.certain(zeros_B.new_zeros(size, places), zeros_B.clone())
+        if candidates > 1:
+            drafts.ids_BMK = zeros_B.new_zeros(size, places, candidates)
+            drafts.probs_BMK = drafts.ids_BMK.float()
         return cls(
             torch.zeros(size, table_width, dtype=torch.int32, device=zeros_B.device),
-            State(
-                zeros_B,
-                zeros_B.clone(),
-                Drafts(ids_BMK[..., 0].clone(), ids_BMK, ids_BMK.float(), zeros_B.clone()),
-            ),
+            State(zeros_B, zeros_B.clone(), drafts),
             _like(sampling, size),
             zeros_B.clone(),
         )
@@ -213,7 +210,9 @@ class Inputs:
             self.table_BP,
             self.state.pending_B,
             self.state.length_B,
-            *(getattr(drafts, f.name) for f in fields(drafts)),
+            drafts.tokens_BM,
+            *self._distributions(drafts),
+            drafts.count_B,
             *self.sampling.tensors.values(),
             self.real_B,
         ]
@@ -255,12 +254,20 @@ class Inputs:
         return self.state
 
     def _take_state(self, state: State, B: int) -> None:
-        own = self.state.drafts
-        drafts = state.drafts.resized(*own.ids_BMK.shape[1:])
+        own, (_, places, candidates) = self.state.drafts, self.state.drafts.ids_BMK.shape
+        # Places that there are no drafts for stay as they are: nobody counts them.
+        M = min(places, state.drafts.tokens_BM.shape[1])
+        drafts = state.drafts.resized(M, candidates)
         self.state.pending_B[:B] = state.pending_B
         self.state.length_B[:B] = state.length_B
-        for field in fields(own):
-            getattr(own, field.name)[:B] = getattr(drafts, field.name)
+        own.tokens_BM[:B, :M] = drafts.tokens_BM
+        own.count_B[:B] = drafts.count_B
+        for mine, given in zip(self._distributions(own), self._distributions(drafts), strict=True):
+            mine[:B, :M] = given
+
+    def _distributions(self, drafts: Drafts) -> list[torch.Tensor]:
+        """What drafts were drawn from; those of greedy requests follow from their tokens."""
+        return [] if self.sampling.all_greedy else [drafts.ids_BMK, drafts.probs_BMK]
 
 
 @dataclass

@@ -151,4 +151,4 @@ def _by_hand(request: Request) -> bool:
 
 
 def _launched(outcome: Outcome) -> Launch:
-    return Launch(outcome.state, outcome.packed(), outcome.rows, outcome.logits_BNV)
+    return Launch(outcome.state, outcome.packed_BX, outcome.rows, outcome.logits_BNV)

@@ -1,20 +1,41 @@
-"""The sampler head and the choice of candidates on CUDA, in few launches.
+"""The sampler head and the choice of tokens on CUDA, in few launches.
 
 What the head computes is defined by `SamplerHead.step` and `Decoder.logits_at`; here norms, sums
-and gates happen on the way into and out of the products.
+and gates happen on the way into and out of the products. What is chosen is defined in `decoding`.
+There may be no Triton here: kernels are imported where they are called.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from idlm.model.cuda_stack import usable
 
 if TYPE_CHECKING:
     from idlm.model.adapter import HeadBlock, SamplerHead
+    from idlm.model.decoder import Decoder
+    from idlm.model.projection_kernel import Stream
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How ``B`` requests draw from a distribution.
+
+    Attributes:
+        seed_B, position_B: int64; the draw is a function of these and the stream.
+        stream: `decoding.random.Stream`.
+        temperature_B: fp32.
+        greedy_B: bool; who takes the likeliest.
+    """
+
+    seed_B: torch.Tensor
+    position_B: torch.Tensor
+    stream: int
+    temperature_B: torch.Tensor
+    greedy_B: torch.Tensor
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -26,19 +47,38 @@ def step(
     head: SamplerHead, projected_BW: torch.Tensor, token_BH: torch.Tensor, state_BH: torch.Tensor
 ) -> torch.Tensor:
     """`SamplerHead.step`."""
-    from idlm.model.projection_kernel import add, begin, project
+    from idlm.model.projection_kernel import begin
 
     token = begin(token_BH, head.token_norm.weight, head.token_norm.eps or 0.0)
+    return _step(head, projected_BW, token, _begin_state(head, state_BH)).x_NH
+
+
+def _begin_state(head: SamplerHead, state_BH: torch.Tensor) -> Stream:
+    from idlm.model.projection_kernel import begin
+
+    norm = _blocks(head)[0].state_norm
+    return begin(state_BH, norm.weight, norm.eps or 0.0)
+
+
+def _step(
+    head: SamplerHead, projected_BW: torch.Tensor, token: torch.Tensor | Stream, state: Stream
+) -> Stream:
+    """The state before the next place; a ``token`` that is no stream has been normed."""
+    from idlm.model.projection_kernel import add, project
+
     given_BW = project(token, head.from_token.weight, addend_NO=projected_BW)
-    blocks: list[HeadBlock] = list(head.blocks)  # type: ignore[arg-type]
+    blocks = _blocks(head)
     norms = [block.state_norm for block in blocks]
-    state = begin(state_BH, norms[0].weight, norms[0].eps or 0.0)
     following = [*norms[1:], norms[0]]
     parts = given_BW.chunk(len(blocks), -1)
     for block, part_BW, norm in zip(blocks, parts, following, strict=True):
         inner_BW = project(state, block.from_state.weight, addend_NO=part_BW, gated=True)
         state = add(state, inner_BW, block.out.weight, norm_H=norm.weight, eps=norm.eps or 0.0)
-    return state.x_NH
+    return state
+
+
+def _blocks(head: SamplerHead) -> list[HeadBlock]:
+    return list(head.blocks)  # type: ignore[arg-type]
 
 
 def logits(hidden: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
@@ -58,14 +98,90 @@ def score(hidden_BH: torch.Tensor, weight_VH: torch.Tensor, ids_BK: torch.Tensor
     return score(hidden_BH, weight_VH, ids_BK)
 
 
-def best_of_groups(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Ids ``[..., k]``: the likeliest token of each of ``k`` groups that share out the vocabulary.
+def takes_chain(decoder: Decoder, hidden_BMH: torch.Tensor, vocab_size: int) -> bool:
+    """Whether `chain` can draft with this decoder, whose vocabulary is all here."""
+    ends = decoder.embed.weight, decoder.output_weight
+    return not torch.is_grad_enabled() and all(
+        takes(hidden_BMH, weight_VH) and len(weight_VH) >= vocab_size for weight_VH in ends
+    )
+
+
+def chain(
+    decoder: Decoder,
+    head: SamplerHead,
+    hidden_BMH: torch.Tensor,
+    ids_BMK: torch.Tensor,
+    first_B: torch.Tensor,
+    draw: Draw | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens ``[B, M]`` that follow one another, and the distribution of each, ``[B, M, K]``.
+
+    Args:
+        hidden_BMH: final hidden states of the mask block.
+        ids_BMK: the candidates of each place, int64.
+        first_B: the token before the first place, int64.
+        draw: by its position (that of ``first``). None: all are greedy; no distributions then.
+    """
+    from idlm.model.score_kernel import draft
+
+    B, M, K = ids_BMK.shape
+    projected_BMW = head.project(hidden_BMH)
+    state = _begin_state(head, hidden_BMH.new_zeros(B, hidden_BMH.shape[2]))
+    token_BH = head.token_norm(decoder.embed.weight[first_B])
+    tokens_BM = torch.empty_like(ids_BMK[..., 0], memory_format=torch.contiguous_format)
+    probs_BMK = None
+    if draw is not None:
+        probs_BMK = torch.empty((B, M, K), dtype=torch.float32, device=ids_BMK.device)
+    # Filled by a kernel, as all that follows is.
+    finished_MB = torch.full((M, B), 0, dtype=torch.int32, device=ids_BMK.device)
+    for place in range(M):
+        state = _step(head, projected_BMW[:, place], token_BH, state)
+        token_BH = draft(
+            hidden_BMH,
+            state.x_NH,
+            decoder.output_weight,
+            ids_BMK,
+            decoder.embed.weight,
+            head.token_norm.weight,
+            head.token_norm.eps or 0.0,
+            finished_MB,
+            place,
+            tokens_BM,
+            probs_BMK,
+            draw,
+        )
+    return tokens_BM, probs_BMK
+
+
+def argmax(logits_BRV: torch.Tensor) -> torch.Tensor:
+    """Index of the largest logit of each row (`choice_kernel.argmax`)."""
+    from idlm.model.choice_kernel import argmax
+
+    return argmax(logits_BRV)
+
+
+def best_of_groups(logits_BRV: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids ``[B, R, k]``: the likeliest token of each of ``k`` groups that share out the vocabulary.
 
     The likeliest of all is among them, and of the others those that no likelier one stands in the
     way of; a reduction finds them, where the exact ``k`` likeliest would have to be sorted out.
     """
-    V = logits.shape[-1]
-    depth = -(-V // k)
-    padded = F.pad(logits, (0, depth * k - V), value=float("-inf"))
-    best = padded.unflatten(-1, (depth, k)).argmax(dim=-2)
-    return (best * k + torch.arange(k, device=logits.device)).clamp_(max=V - 1)
+    from idlm.model.choice_kernel import best_of_groups
+
+    return best_of_groups(logits_BRV, k)
+
+
+def greedy_verdict(
+    logits_BNV: torch.Tensor, tokens_BM: torch.Tensor, count_B: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Accepted drafts, the next token and the overlap (`verdict_kernel.greedy_verdict`)."""
+    from idlm.model.verdict_kernel import greedy_verdict
+
+    return greedy_verdict(logits_BNV, tokens_BM, count_B)
+
+
+def settle(*given: Any) -> tuple[torch.Tensor, ...]:
+    """What follows from a verdict (`verdict_kernel.settle`)."""
+    from idlm.model.verdict_kernel import settle
+
+    return settle(*given)

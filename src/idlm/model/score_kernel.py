@@ -1,9 +1,13 @@
-"""Triton kernel that scores a few tokens of the vocabulary for each row."""
+"""Triton kernels that score a few tokens of the vocabulary for each row, and draft one of them."""
 
 # No deferred annotations here: Triton reads them.
 import torch
 import triton
 import triton.language as tl
+
+from idlm.model.choice_kernel import first_best
+from idlm.model.cuda_head import Draw
+from idlm.model.noise_kernel import exponential, key_of
 
 TOKENS, INPUTS = 16, 128
 
@@ -31,6 +35,104 @@ def score(hidden_BH: torch.Tensor, weight_VH: torch.Tensor, ids_BK: torch.Tensor
     return scores_BK
 
 
+def draft(
+    hidden_BMH: torch.Tensor,
+    state_BH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    ids_BMK: torch.Tensor,
+    embedding_VH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    finished_MB: torch.Tensor,
+    place: int,
+    tokens_BM: torch.Tensor,
+    probs_BMK: torch.Tensor | None = None,
+    draw: Draw | None = None,
+) -> torch.Tensor:
+    """Write the draft of one place: the likeliest of its candidates, or a draw from them.
+
+    The logits are those of ``hidden + state``.
+
+    Args:
+        hidden_BMH, ids_BMK: of all places; ids are int64; the places are dense.
+        state_BH, weight_VH, embedding_VH: dense, of the dtype of ``hidden``.
+        norm_H, eps: RMS norm of the embedding.
+        finished_MB: int32; those of this place are 0 and are used up.
+        tokens_BM: int64, dense; gets the draft.
+        probs_BMK: fp32, dense; gets the distribution, if there is a ``draw``.
+        draw: its position is that before the first place. None: all are greedy.
+    Returns:
+        ``[B, H]``: the embeddings of the drafts, behind the norm.
+    """
+    B, M, K = ids_BMK.shape
+    H = hidden_BMH.shape[2]
+    scores_BK = torch.empty((B, K), dtype=torch.float32, device=hidden_BMH.device)
+    embedded_BH = torch.empty_like(state_BH)
+    # What nobody reads where all are greedy.
+    seed_B = position_B = temperature_B = greedy_B = scores_BK
+    if draw is not None:
+        seed_B, position_B = draw.seed_B, draw.position_B
+        temperature_B, greedy_B = draw.temperature_B, draw.greedy_B.view(torch.uint8)
+    _draft[(B, triton.cdiv(K, TOKENS))](
+        hidden_BMH,
+        hidden_BMH.stride(0),
+        state_BH,
+        weight_VH,
+        ids_BMK,
+        ids_BMK.stride(0),
+        scores_BK,
+        finished_MB,
+        embedding_VH,
+        norm_H,
+        eps,
+        embedded_BH,
+        tokens_BM,
+        scores_BK if probs_BMK is None else probs_BMK,
+        seed_B,
+        position_B,
+        temperature_B,
+        greedy_B,
+        place,
+        STREAM=0 if draw is None else draw.stream,
+        M=M,
+        K=K,
+        H=H,
+        CANDIDATES=triton.next_power_of_2(K),
+        WIDTH=triton.next_power_of_2(H),
+        TOKENS=TOKENS,
+        INPUTS=INPUTS,
+    )
+    return embedded_BH
+
+
+@triton.jit
+def _scores(  # type: ignore[no-untyped-def]
+    hidden_ptr,
+    state_ptr,
+    weight_ptr,
+    ids,
+    H: tl.constexpr,
+    STATE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Logits of ``ids`` for one row."""
+    total = tl.zeros([TOKENS, INPUTS], tl.float32)
+    for first in tl.range(0, H, INPUTS):
+        inputs = first + tl.arange(0, INPUTS)
+        hidden = tl.load(hidden_ptr + inputs, mask=inputs < H, other=0.0).to(tl.float32)
+        if STATE:
+            state = tl.load(state_ptr + inputs, mask=inputs < H, other=0.0).to(tl.float32)
+            hidden = (hidden + state).to(hidden_ptr.dtype.element_ty).to(tl.float32)
+        weight = tl.load(
+            weight_ptr + ids[:, None] * H + inputs[None, :],
+            mask=(inputs < H)[None, :],
+            other=0.0,
+        )
+        total += weight.to(tl.float32) * hidden[None, :]
+    return tl.sum(total, 1)
+
+
 @triton.jit(do_not_specialize=["K"])
 def _score(  # type: ignore[no-untyped-def]
     hidden_ptr,
@@ -48,14 +150,79 @@ def _score(  # type: ignore[no-untyped-def]
     b = tl.program_id(0)
     k = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     ids = tl.load(ids_ptr + b * ids_stride_b + k * ids_stride_k, mask=k < K, other=0)
-    total = tl.zeros([TOKENS, INPUTS], tl.float32)
-    for first in tl.range(0, H, INPUTS):
-        inputs = first + tl.arange(0, INPUTS)
-        hidden = tl.load(hidden_ptr + b * H + inputs, mask=inputs < H, other=0.0)
-        weight = tl.load(
-            weight_ptr + ids[:, None] * H + inputs[None, :],
-            mask=(inputs < H)[None, :],
-            other=0.0,
-        )
-        total += weight.to(tl.float32) * hidden.to(tl.float32)[None, :]
-    tl.store(scores_ptr + b * K + k, tl.sum(total, 1), mask=k < K)
+    score = _scores(hidden_ptr + b * H, hidden_ptr, weight_ptr, ids, H, False, TOKENS, INPUTS)
+    tl.store(scores_ptr + b * K + k, score, mask=k < K)
+
+
+@triton.jit(do_not_specialize=["place"])
+def _draft(  # type: ignore[no-untyped-def]
+    hidden_ptr,
+    hidden_stride,
+    state_ptr,
+    weight_ptr,
+    ids_ptr,
+    ids_stride,
+    scores_ptr,
+    finished_ptr,
+    embedding_ptr,
+    norm_ptr,
+    eps,
+    embedded_ptr,
+    tokens_ptr,
+    probs_ptr,
+    seed_ptr,
+    position_ptr,
+    temperature_ptr,
+    greedy_ptr,
+    place,
+    STREAM: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    H: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """Scores of some candidates of one request; the last of its programs chooses."""
+    b = tl.program_id(0)
+    k = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    ids_row_ptr = ids_ptr + b * ids_stride + place * K
+    ids = tl.load(ids_row_ptr + k, mask=k < K, other=0)
+    score = _scores(
+        hidden_ptr + b * hidden_stride + place * H,
+        state_ptr + b * H,
+        weight_ptr,
+        ids,
+        H,
+        True,
+        TOKENS,
+        INPUTS,
+    )
+    tl.store(scores_ptr + b * K + k, score, mask=k < K)
+    # All threads have stored before one of them says so.
+    tl.debug_barrier()
+    ahead = tl.atomic_add(finished_ptr + place * tl.num_programs(0) + b, 1, sem="acq_rel")
+    if ahead == tl.num_programs(1) - 1:
+        candidate = tl.arange(0, CANDIDATES)
+        real = candidate < K
+        logit = tl.load(scores_ptr + b * K + candidate, mask=real, other=float("-inf"))
+        best, chosen = first_best(logit, candidate, K - 1, 0)
+        if STREAM:
+            temperature = tl.load(temperature_ptr + b)
+            weight = tl.exp(logit / temperature - best / temperature)
+            q = weight / tl.sum(weight, 0)
+            greedy = tl.load(greedy_ptr + b) != 0
+            q = tl.where(greedy, (candidate == chosen).to(tl.float32), q)
+            tl.store(probs_ptr + (b * M + place) * K + candidate, q, mask=real)
+            position = tl.load(position_ptr + b) + 1 + place
+            key = key_of(tl.load(seed_ptr + b), position, STREAM)
+            drawn = tl.load(ids_row_ptr + candidate, mask=real, other=0)
+            _, chosen = first_best(q / exponential(key, drawn), candidate, K - 1, 0)
+        token = tl.load(ids_row_ptr + chosen)
+        tl.store(tokens_ptr + b * M + place, token)
+        lane = tl.arange(0, WIDTH)
+        row = tl.load(embedding_ptr + token * H + lane, mask=lane < H, other=0.0).to(tl.float32)
+        scale = tl.load(norm_ptr + lane, mask=lane < H, other=0.0).to(tl.float32)
+        row = row * scale * (1.0 / tl.sqrt(tl.sum(row * row, 0) / H + eps))
+        tl.store(embedded_ptr + b * H + lane, row.to(embedded_ptr.dtype.element_ty), mask=lane < H)

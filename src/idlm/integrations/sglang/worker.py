@@ -124,7 +124,7 @@ class Worker(BaseSpecWorker):
         logits_B1V = self._never_mask(result.logits_output.next_token_logits)[:, None]
         none = Drafts.none(len(logits_B1V), self.device)
         verdict = verify(self.rule, logits_B1V, none, batch.seq_lens, sampling)
-        sampling.commit(verdict.next_B[:, None], torch.ones_like(verdict.accepted_B))
+        sampling.commit(verdict.next_B[:, None], verdict.accepted_B)
         result.next_token_ids = verdict.next_B
         result.new_seq_lens = batch.seq_lens
         result.next_draft_input = Pending(verdict.next_B, batch.seq_lens)
@@ -211,20 +211,20 @@ class Worker(BaseSpecWorker):
         verdict = verify(self.rule, logits_BWV[:, :N], drafts, first_B, sampling)
         tokens_BN = torch.cat((drafts.tokens_BM, verdict.next_B[:, None]), dim=1)
         tokens_BN.scatter_(1, verdict.accepted_B[:, None], verdict.next_B[:, None])
-        sampling.commit(tokens_BN, verdict.accepted_B + 1)
+        sampling.commit(tokens_BN, verdict.accepted_B)
+        # The block hangs on the last draft: after a rejection it is of no use.
+        stands_B = verdict.accepted_B == drafts.count_B
         proposals = propose(
             self._decoder.as_decoder(),
             self._adapter,
             self._masks.block(hidden_BWH, drafts.count_B),
             self._masks.block(logits_BWV, drafts.count_B),
             verdict.next_B,
-            first_B + verdict.accepted_B + 1,
+            first_B + verdict.accepted_B,
+            torch.where(stands_B, N - 1, 0),
             sampling,
             coupled=self.rule == "coupled",
         )
-        # The block hangs on the last draft: after a rejection it is of no use.
-        stands_B = verdict.accepted_B == drafts.count_B
-        proposals.count_B = torch.where(stands_B, proposals.count_B, 0)
         self._slots.store(to_B, tokens_BN, verdict.accepted_B, proposals, sampling.all_greedy)
 
     def _never_mask(self, logits: torch.Tensor) -> torch.Tensor:

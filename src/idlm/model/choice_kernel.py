@@ -1,0 +1,157 @@
+"""Triton kernels that choose the likeliest tokens.
+
+A row of logits is cut into chunks that are looked through side by side: one block of threads alone
+would need longer for a vocabulary than a small model's layer does for its rows.
+"""
+
+# No deferred annotations here: Triton reads them.
+import torch
+import triton
+import triton.language as tl
+
+# Tokens of a program that looks for the likeliest; groups and depth of one that takes the best of
+# each group.
+CHUNK = 2048
+GROUPS, DEPTH = 64, 16
+
+
+def argmax(logits_BRV: torch.Tensor) -> torch.Tensor:
+    """Index ``[B, R]``, int64, of the largest logit of each row, the first of equals.
+
+    Args:
+        logits_BRV: floating; the rows are dense, but may lie anywhere.
+    """
+    B, R, V = logits_BRV.shape
+    index_BR = torch.empty((B, R), dtype=torch.int64, device=logits_BRV.device)
+    values_XC, indices_XC = best_of_chunks(logits_BRV)
+    chunks = values_XC.shape[1]
+    _argmax[(B * R,)](
+        values_XC,
+        indices_XC,
+        index_BR,
+        chunks,
+        V=V,
+        CHUNKS=triton.next_power_of_2(chunks),
+        num_warps=1,
+    )
+    return index_BR
+
+
+def best_of_groups(logits_BRV: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids ``[B, R, k]``, int64: the likeliest token of each of ``k`` groups (at most ``V``).
+
+    Group ``g`` has the tokens ``g``, ``g + k``, ``g + 2 k`` and so on.
+    """
+    B, R, V = logits_BRV.shape
+    ids_BRK = torch.empty((B, R, k), dtype=torch.int64, device=logits_BRV.device)
+    _best_of_groups[(B * R, triton.cdiv(k, GROUPS))](
+        logits_BRV,
+        ids_BRK,
+        *logits_BRV.stride()[:2],
+        R,
+        V=V,
+        K=k,
+        GROUPS=GROUPS,
+        DEPTH=DEPTH,
+        num_warps=4,
+    )
+    return ids_BRK
+
+
+def best_of_chunks(logits_BRV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Largest logit (fp32) and its index (int32) of each chunk of each row, ``[B * R, C]``."""
+    B, R, V = logits_BRV.shape
+    chunks = triton.cdiv(V, CHUNK)
+    values_XC = torch.empty((B * R, chunks), dtype=torch.float32, device=logits_BRV.device)
+    indices_XC = torch.empty((B * R, chunks), dtype=torch.int32, device=logits_BRV.device)
+    _best_of_chunk[(B * R, chunks)](
+        logits_BRV,
+        values_XC,
+        indices_XC,
+        *logits_BRV.stride()[:2],
+        R,
+        V=V,
+        CHUNK=CHUNK,
+        num_warps=4,
+    )
+    return values_XC, indices_XC
+
+
+@triton.jit
+def first_best(value, index, last, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Largest value along ``axis`` and the first index that has it.
+
+    Of NaNs alone it is ``last``: whatever happens, the index can be used.
+    """
+    best = tl.max(value, axis)
+    same = value == tl.expand_dims(best, axis)
+    return best, tl.minimum(tl.min(tl.where(same, index, last), axis), last)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _best_of_chunk(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    values_ptr,
+    indices_ptr,
+    stride_b,
+    stride_r,
+    R,
+    V: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One chunk of one row."""
+    row, chunk = tl.program_id(0), tl.program_id(1)
+    row_ptr = logits_ptr + (row // R).to(tl.int64) * stride_b + (row % R) * stride_r
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    value = tl.load(row_ptr + token, mask=token < V, other=float("-inf")).to(tl.float32)
+    best, index = first_best(value, token, V - 1, 0)
+    place = row * tl.num_programs(1) + chunk
+    tl.store(values_ptr + place, best)
+    tl.store(indices_ptr + place, index)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _argmax(  # type: ignore[no-untyped-def]
+    values_ptr,
+    indices_ptr,
+    index_ptr,
+    chunks,
+    V: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """One row, from the best of its chunks."""
+    row = tl.program_id(0)
+    chunk = tl.arange(0, CHUNKS)
+    place = row * chunks + chunk
+    value = tl.load(values_ptr + place, mask=chunk < chunks, other=float("-inf"))
+    index = tl.load(indices_ptr + place, mask=chunk < chunks, other=V - 1)
+    _, first = first_best(value, index, V - 1, 0)
+    tl.store(index_ptr + row, first.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["R"])
+def _best_of_groups(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    ids_ptr,
+    stride_b,
+    stride_r,
+    R,
+    V: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Some groups of one row."""
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + (row // R).to(tl.int64) * stride_b + (row % R) * stride_r
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    top = tl.full([GROUPS], float("-inf"), tl.float32)
+    token = tl.minimum(group, V - 1)
+    for first in tl.range(0, V, DEPTH * K):
+        tokens = first + tl.arange(0, DEPTH)[:, None] * K + group[None, :]
+        real = (tokens < V) & (group < K)[None, :]
+        value = tl.load(row_ptr + tokens, mask=real, other=float("-inf")).to(tl.float32)
+        best, index = first_best(value, tokens, V - 1, 0)
+        token = tl.where(best > top, index, token)
+        top = tl.maximum(top, best)
+    tl.store(ids_ptr + row.to(tl.int64) * K + group, token.to(tl.int64), mask=group < K)
