@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,55 +14,81 @@ class DecodeStats:
 
     Attributes:
         tokens: committed and kept.
-        forwards: prefill's last one included, which commits a token like any other.
-        drafted, accepted: drafts tested, and those that stood.
-        verify, reject, cold: forwards in which all drafts stood, one was rejected, none were
-            there.
-        overlap: sum over tested places of ``sum_x min(p, q)``; ``reached`` places were tested
-            with all earlier ones accepted.
+        outcomes: forwards by the drafts that were tested and those of them that stood; prefill's
+            last one included, which commits a token like any other.
+        overlap: sum over the `reached` places of ``sum_x min(p, q)``.
         rows: in-flight rows over all forwards.
-        accepted_at, drafted_at: per place in the block, from 1; places after the first rejected
-            one are not counted as drafted there.
         seconds: wall time.
     """
 
     tokens: int = 0
-    forwards: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    verify: int = 0
-    reject: int = 0
-    cold: int = 0
+    outcomes: Counter[tuple[int, int]] = field(default_factory=Counter)
     overlap: float = 0.0
-    reached: int = 0
     rows: int = 0
-    accepted_at: Counter[int] = field(default_factory=Counter)
-    reached_at: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
 
     def forward(self, drafted: int, accepted: int, overlap: list[float], rows: int) -> None:
         """Count one forward; ``overlap`` of the places up to the first rejected one."""
-        self.forwards += 1
+        self.outcomes[drafted, accepted] += 1
         self.rows += rows
-        self.drafted += drafted
-        self.accepted += accepted
-        if drafted == 0:
-            self.cold += 1
-        elif accepted == drafted:
-            self.verify += 1
-        else:
-            self.reject += 1
-        reached = min(accepted + 1, drafted)
-        self.reached += reached
-        self.overlap += sum(overlap[:reached])
-        for place in range(1, accepted + 1):
-            self.accepted_at[place] += 1
-        for place in range(1, reached + 1):
-            self.reached_at[place] += 1
+        if drafted:
+            self.overlap += sum(overlap[: _reached(drafted, accepted)])
 
     def __add__(self, other: DecodeStats) -> DecodeStats:
         names = self.__dataclass_fields__
         return DecodeStats(**{n: getattr(self, n) + getattr(other, n) for n in names})
+
+    @property
+    def forwards(self) -> int:
+        """All forwards."""
+        return sum(self.outcomes.values())
+
+    @property
+    def drafted(self) -> int:
+        """Drafts that were tested."""
+        return sum(drafted * n for (drafted, _), n in self.outcomes.items())
+
+    @property
+    def accepted(self) -> int:
+        """Drafts that stood."""
+        return sum(accepted * n for (_, accepted), n in self.outcomes.items())
+
+    @property
+    def verify(self) -> int:
+        """Forwards in which all drafts stood."""
+        return sum(n for (drafted, accepted), n in self.outcomes.items() if drafted == accepted > 0)
+
+    @property
+    def reject(self) -> int:
+        """Forwards in which a draft was rejected."""
+        return sum(n for (drafted, accepted), n in self.outcomes.items() if accepted < drafted)
+
+    @property
+    def cold(self) -> int:
+        """Forwards without drafts."""
+        return self.outcomes[0, 0]
+
+    @property
+    def reached_at(self) -> Counter[int]:
+        """By place in the block, from 1: drafts tested there with all earlier ones accepted."""
+        return self._by_place(_reached)
+
+    @property
+    def accepted_at(self) -> Counter[int]:
+        """By place in the block, from 1: drafts that stood."""
+        return self._by_place(lambda _, accepted: accepted)
+
+    def _by_place(self, places: Callable[[int, int], int]) -> Counter[int]:
+        counts: Counter[int] = Counter()
+        for outcome, n in self.outcomes.items():
+            for place in range(1, places(*outcome) + 1):
+                counts[place] += n
+        return counts
+
+    @property
+    def reached(self) -> int:
+        """Drafts tested with all earlier ones accepted."""
+        return sum(self.reached_at.values())
 
     @property
     def tokens_per_forward(self) -> float:
@@ -81,8 +108,8 @@ class DecodeStats:
     @property
     def acceptance_by_place(self) -> list[float]:
         """Accepted share of place 1, 2, ... among the forwards that reached it."""
-        places = range(1, max(self.reached_at, default=0) + 1)
-        return [self.accepted_at[j] / self.reached_at[j] for j in places]
+        reached_at, accepted_at = self.reached_at, self.accepted_at
+        return [accepted_at[j] / reached_at[j] for j in sorted(reached_at)]
 
     @property
     def compute_efficiency(self) -> float:
@@ -126,3 +153,8 @@ class DecodeStats:
             "cold_share": self.cold_share,
             "seconds": self.seconds,
         }
+
+
+def _reached(drafted: int, accepted: int) -> int:
+    """Places of a forward that were tested with all earlier ones accepted."""
+    return min(accepted + 1, drafted)

@@ -30,7 +30,7 @@ class Batch:
 
     def become(self, requests: Sequence[Request]) -> None:
         """Let ``requests`` be the batch; who leaves unfinished takes its state along."""
-        if set(requests) == set(self.requests):
+        if len(requests) == len(self.requests) and set(requests) == set(self.requests):
             return
         wanted = set(requests)
         stay = [row for row, request in enumerate(self.requests) if request in wanted]

@@ -61,14 +61,8 @@ class Commit:
         request, (tokens, accepted, drafted, overlap) = self.requests[row], self._rows[row]
         logprobs = self._logprobs(row, accepted + 1, request.params.logprobs, tokenizer)
         request.stats.forward(drafted, accepted, overlap, self._launch.rows)
-        for place in range(accepted + 1):
-            if place < accepted:
-                source = Source.DRAFT
-            else:
-                source = Source.CORRECTION if accepted < drafted else Source.SAMPLED
-            request.append(tokens[place], source, None if logprobs is None else logprobs[place])
-            if request.finished:
-                break
+        last = Source.CORRECTION if accepted < drafted else Source.SAMPLED
+        request.extend(tokens[: accepted + 1], [Source.DRAFT] * accepted + [last], logprobs)
         return drafted, accepted
 
     @cached_property

@@ -7,8 +7,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -183,9 +182,11 @@ class Engine:
             The requests that went forward; none while other engines hold the blocks.
         """
         moved: list[Request] = []
-        if not self._scheduler.grow():
+        if self._scheduler.grow():
+            self._scheduler.admit()
+        else:
             moved = self._read(len(self._flights))  # who has to leave leaves with all its tokens
-        self._scheduler.schedule()
+            self._scheduler.schedule()
         self._batch.become(self._scheduler.running)
         due = len(self._flights)
         if self._batch.requests:
@@ -242,9 +243,11 @@ class Engine:
                     whole.append(request)
                     self._scheduler.admit()
                     continue
-            with self._blamed_on(request):
+            try:
                 self._runner.cache(request, end)
                 self._keep(request, end)
+            except Exception as error:
+                self._blame(request, error)
             self._scheduler.admit()
         for group in self._groups(whole):
             self._prefill(group)
@@ -289,11 +292,13 @@ class Engine:
         return given
 
     def _give(self, commit: Commit, row: int, request: Request) -> None:
-        with self._blamed_on(request):
+        try:
             tested = commit.give(row, self.tokenizer)
             if self._policy is not None:
                 self._policy.saw(*tested)
             self._keep(request, request.num_tokens - 1)
+        except Exception as error:
+            self._blame(request, error)
         if request.finished:
             self._scheduler.remove(request)
 
@@ -302,13 +307,9 @@ class Engine:
         request.cached = cached
         self._pool.commit(request.lease, request.tokens, cached)
 
-    @contextmanager
-    def _blamed_on(self, request: Request) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._failed_forwards += 1
-            self._fail(request, error)
+    def _blame(self, request: Request, error: Exception) -> None:
+        self._failed_forwards += 1
+        self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
         logger.error("Request %d failed.", request.id, exc_info=error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from idlm.decoding.cycle import State
@@ -56,9 +57,6 @@ class Logprob:
 class Request:
     """A prompt, its parameters and all that has come of it so far.
 
-    ``text`` is complete UTF-8 without stop strings; what may still become part of one is held
-    back until it is decided.
-
     Attributes:
         priority: lower ones run first.
         error: what ended it, if its finish reason is ``error``.
@@ -68,6 +66,7 @@ class Request:
         state: what it decodes on from, while it is not in a batch; None before its first token.
         prefix_hit_tokens: tokens of the prompt that were cached when it was first admitted.
         preemptions: how often it had to leave and come back.
+        host_bound: whether its next forward needs the last one's tokens on the host.
     """
 
     id: int
@@ -83,7 +82,6 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    text: str = ""
     finish_reason: FinishReason | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
     error: Exception | None = None
@@ -93,7 +91,14 @@ class Request:
     state: State | None = None
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    host_bound: bool = field(init=False)
+    _text: str = ""
     _held: str = ""
+    _decoded: int = 0  # tokens that are in the text, or held back from it
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.host_bound = params.constrained or params.penalised or params.logprobs is not None
 
     @classmethod
     def create(
@@ -129,12 +134,6 @@ class Request:
         return self.phase is Phase.FINISHED
 
     @property
-    def host_bound(self) -> bool:
-        """Whether its next forward needs the last one's tokens on the host."""
-        params = self.params
-        return params.constrained or params.penalised or params.logprobs is not None
-
-    @property
     def num_tokens(self) -> int:
         """Tokens of prompt and output."""
         return len(self.prompt_token_ids) + len(self.token_ids)
@@ -152,22 +151,36 @@ class Request:
             + self.token_ids[max(start - prompt, 0) : max(stop - prompt, 0)]
         )
 
-    def append(self, token: int, source: Source, logprobs: dict[int, Logprob] | None) -> None:
-        """Take one committed token; the request may be finished by it."""
-        self.token_ids.append(token)
-        self.sources.append(source)
-        if logprobs is not None:
-            self.logprobs.append(logprobs)
-        if token in self.stop_token_ids:
-            self._end(FinishReason.STOP)
-            return
-        if self.grammar is not None:
-            self.grammar.advance(token)
-        self._held += self.detokenizer.push(token)
-        if self._release():
-            self._finish(FinishReason.STOP)
-        elif len(self.token_ids) >= self.max_tokens:
-            self._end(FinishReason.LENGTH)
+    @property
+    def text(self) -> str:
+        """Complete UTF-8 without stop strings.
+
+        What may still become part of a stop string is held back until it is decided.
+        """
+        self._decode()
+        return self._text
+
+    def extend(
+        self,
+        tokens: Sequence[int],
+        sources: Sequence[Source],
+        logprobs: Sequence[dict[int, Logprob]] | None = None,
+    ) -> None:
+        """Take committed tokens, up to one that ends the request."""
+        # Only where a stop string or a grammar may end it does each token have to be looked at.
+        watched = bool(self.params.stop) or self.grammar is not None
+        ends = watched or not self.stop_token_ids.isdisjoint(tokens)
+        ends = ends or len(self.token_ids) + len(tokens) >= self.max_tokens
+        step = 1 if ends else len(tokens)
+        for at in range(0, len(tokens), step):
+            self.token_ids += tokens[at : at + step]
+            self.sources += sources[at : at + step]
+            if logprobs is not None:
+                self.logprobs += logprobs[at : at + step]
+            if ends:
+                self._look_at(tokens[at])
+            if self.finished:
+                return
 
     def abort(self) -> None:
         """End the request where it stands."""
@@ -176,32 +189,56 @@ class Request:
     def fail(self, error: Exception) -> None:
         """End the request because of ``error``."""
         self.error = error
+        self._decode()
         self._finish(FinishReason.ERROR)
+
+    def _look_at(self, token: int) -> None:
+        """Finish if the last token ends the request."""
+        if token in self.stop_token_ids:
+            self._end(FinishReason.STOP)
+            return
+        if self.grammar is not None:
+            self.grammar.advance(token)
+        if self.params.stop and self._decode():
+            self._finish(FinishReason.STOP)
+        elif len(self.token_ids) >= self.max_tokens:
+            self._end(FinishReason.LENGTH)
 
     def _end(self, reason: FinishReason) -> None:
         """Finish with all text that is still held."""
+        stopped = reason is FinishReason.STOP  # by a token that stands for no text
+        self._decode(len(self.token_ids) - stopped)
         self._held += self.detokenizer.flush()
         if self._release():
             reason = FinishReason.STOP
-        self.text += self._held
+        self._text += self._held
         self._finish(reason)
 
+    def _decode(self, count: int | None = None) -> bool:
+        """Bring the text up to the first ``count`` tokens; whether a stop string is complete."""
+        if self.finished:
+            return False
+        new = self.token_ids[self._decoded : count]
+        self._decoded += len(new)
+        self._held += "".join(map(self.detokenizer.push, new))
+        return self._release()
+
     def _release(self) -> bool:
-        """Move text that no stop string can claim any more from held to ``text``.
+        """Move text that no stop string can claim any more from held to the text.
 
         Returns whether a stop string is complete; the text then ends before it.
         """
         if not self.params.stop:
-            self.text, self._held = self.text + self._held, ""
+            self._text, self._held = self._text + self._held, ""
             return False
         stops = self.params.stop_strings
         found = [at for stop in stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.text += self._held[: min(found)]
+            self._text += self._held[: min(found)]
             self._held = ""
             return True
         release = len(self._held) - max((_overlap(self._held, stop) for stop in stops), default=0)
-        self.text += self._held[:release]
+        self._text += self._held[:release]
         self._held = self._held[release:]
         return False
 
