@@ -46,7 +46,9 @@ def propose(
     head = None if adapter is None else adapter.head
     stream = Stream.TOKEN if coupled else Stream.DRAFT
     if head is not None and sampling.plain:
-        if sampling.all_greedy and cpu_kernels.usable(hidden_BMH):
+        # Ranks that share out the vocabulary (inside SGLang) score each place together.
+        whole = len(decoder.output_weight) >= logits_BMV.shape[-1]
+        if sampling.all_greedy and whole and cpu_kernels.usable(hidden_BMH):
             tokens_BM = greedy_chain(decoder, head, hidden_BMH, ids_BMK, first_B)
             return Drafts.certain(tokens_BM, count_B)
         if cuda_head.takes_chain(decoder, hidden_BMH, logits_BMV.shape[-1]):

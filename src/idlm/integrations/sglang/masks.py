@@ -2,12 +2,14 @@
 
 The host gives every request the same number of rows and knows none of them apart. Its model's
 `forward` is wrapped: for forwards of ours it replaces the rows' ids by drafts and the embedding of
-mask rows by the learned one. Hooks on the linear layers add the LoRA to mask rows. All of it is
-tensors and fixed shapes, so that a CUDA graph captures it with the model.
+mask rows by the learned one. The products of the linear layers are wrapped to add the LoRA to mask
+rows, before ranks of a tensor-parallel server sum theirs up. All of it is tensors and fixed shapes,
+so that a CUDA graph captures it with the model.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +19,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from idlm.decoding.layout import Layout
-from idlm.errors import UnsupportedModelError
 from idlm.integrations.sglang.lora_kernel import LoraKernel
+from idlm.integrations.sglang.shares import share_of
 from idlm.integrations.sglang.slots import Slots
-from idlm.model.adapter import Adapter, LoraLinear
+from idlm.model.adapter import Adapter
+
+# Adds to rows ``rows_F`` of ``y_FO`` what they get for ``x_FI``.
+Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 # The host's names for the fused projections of a layer.
 PROJECTIONS = {
@@ -53,13 +58,9 @@ class Masks:
             for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
                 for fused, lora in adapter.layer(index).items():
                     module: Any = layer.get_submodule(PROJECTIONS[fused])
-                    outputs = sum(len(part) for part in lora.B)
-                    if module.output_size != outputs:
-                        raise UnsupportedModelError(
-                            f"The server runs {PROJECTIONS[fused]} with {module.output_size} "
-                            f"outputs, the adapter is for {outputs}: padded models cannot have one."
-                        )
-                    module.register_forward_hook(self._adding(lora))
+                    product = copy.copy(module.quant_method)
+                    product.apply = self._adding(product.apply, _update(*share_of(lora, module)))
+                    module.quant_method = product
 
     def block(self, rows_BWX: torch.Tensor, count_B: torch.Tensor) -> torch.Tensor:
         """Of all rows, the mask block ``[B, M, X]`` of requests with ``count`` drafts."""
@@ -105,24 +106,26 @@ class Masks:
 
         return wrapped
 
-    def _adding(self, lora: LoraLinear) -> Callable[..., Any]:
-        update = _update(lora)
-
-        def hook(module: nn.Module, given: tuple[torch.Tensor, ...], result: Any) -> None:
+    def _adding(self, apply: Callable[..., torch.Tensor], update: Update) -> Callable[..., Any]:
+        @functools.wraps(apply)
+        def adding(
+            module: nn.Module, x_FI: torch.Tensor, bias: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            y_FO = apply(module, x_FI, bias)
             if self._rows_F is not None:
-                update(result[0], given[0], self._rows_F)
+                update(y_FO, x_FI, self._rows_F)
+            return y_FO
 
-        return hook
+        return adding
 
 
-def _update(lora: LoraLinear) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+def _update(A_ZI: torch.Tensor, B: list[torch.Tensor]) -> Update:
     """The function that adds a LoRA's update of ``x_FI`` to rows ``rows_F`` of ``y_FO``."""
-    B = [part * lora.scale for part in lora.B]
-    if lora.A.is_cuda and LoraKernel.takes(B):
-        return LoraKernel(lora.A, B).add_to
+    if A_ZI.is_cuda and LoraKernel.takes(B):
+        return LoraKernel(A_ZI, B).add_to
     up_OZ = torch.block_diag(*B)
 
     def add_to(y_FO: torch.Tensor, x_FI: torch.Tensor, rows_F: torch.Tensor) -> None:
-        y_FO.index_add_(0, rows_F, F.linear(F.linear(x_FI[rows_F], lora.A), up_OZ))
+        y_FO.index_add_(0, rows_F, F.linear(F.linear(x_FI[rows_F], A_ZI), up_OZ))
 
     return add_to

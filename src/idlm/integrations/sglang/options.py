@@ -20,7 +20,6 @@ BACKENDS = {"cuda": ("triton",), "cpu": ("torch_native",)}
 # Settings of the server that are not implemented: name, the values that are, remedy.
 _OFF = (None, False)
 _UNSUPPORTED = (
-    ("tp_size", (1,), "one GPU per replica (--dp-size)"),
     ("pp_size", (1,), "--pp-size 1"),
     ("enable_dp_attention", _OFF, "data parallelism without it"),
     ("enable_lora", _OFF, "a model with the LoRA merged"),
@@ -84,6 +83,7 @@ def configure(server_args: Any) -> None:
     server_args.speculative_num_draft_tokens = layout.num_rows
     _choose_attention(server_args)
     as_causal_model(server_args)
+    _check_ranks(server_args)
     if server_args.max_running_requests is None:
         server_args.max_running_requests = 256
     path = server_args.speculative_draft_model_path
@@ -108,3 +108,28 @@ def _choose_attention(server_args: Any) -> None:
         )
     if kind == "cpu":
         server_args.disable_overlap_schedule = True  # as the host's own algorithms do
+
+
+def _check_ranks(server_args: Any) -> None:
+    """Refuse a model that the host cannot cut, where it would fail an assertion (or, on CPUs, pad).
+
+    The host gives each rank the same number of attention heads, heads of keys and values (or
+    several ranks the same one) and columns of the feed-forward network.
+    """
+    ranks = server_args.tp_size
+    if ranks == 1:
+        return
+    model = server_args.get_model_config()
+    heads, shared = model.num_attention_heads, model.get_total_num_kv_heads()
+    inner = model.hf_text_config.intermediate_size
+
+    def fits(n: int) -> bool:
+        return not (heads % n or inner % n or (shared % n and n % shared))
+
+    if not fits(ranks):
+        raise InvalidRequestError(
+            f"--tp-size {ranks} does not divide this model: it has {heads} attention heads, "
+            f"{shared} of keys and values, and an inner width of {inner}. Use "
+            f"{', '.join(str(n) for n in range(1, heads + 1) if fits(n))}, or whole replicas "
+            "(--dp-size)."
+        )

@@ -22,6 +22,7 @@ from idlm.integrations.sglang.decoder import HostDecoder
 from idlm.integrations.sglang.masks import Masks
 from idlm.integrations.sglang.options import Options
 from idlm.integrations.sglang.sampling import BatchSampling, greedy_sampling
+from idlm.integrations.sglang.shares import of_first_rank
 from idlm.integrations.sglang.slots import Slots
 from idlm.integrations.sglang.spec_input import Pending, Rows
 from idlm.model import checkpoint
@@ -124,10 +125,11 @@ class Worker(BaseSpecWorker):
         logits_B1V = self._never_mask(result.logits_output.next_token_logits)[:, None]
         none = Drafts.none(len(logits_B1V), self.device)
         verdict = verify(self.rule, logits_B1V, none, batch.seq_lens, sampling)
-        sampling.commit(verdict.next_B[:, None], verdict.accepted_B)
-        result.next_token_ids = verdict.next_B
+        (next_B,) = of_first_rank(verdict.next_B)
+        sampling.commit(next_B[:, None], verdict.accepted_B)
+        result.next_token_ids = next_B
         result.new_seq_lens = batch.seq_lens
-        result.next_draft_input = Pending(verdict.next_B, batch.seq_lens)
+        result.next_draft_input = Pending(next_B, batch.seq_lens)
         return result
 
     def _decode(self, batch: Any) -> GenerationBatchResult:
@@ -225,7 +227,10 @@ class Worker(BaseSpecWorker):
             sampling,
             coupled=self.rule == "coupled",
         )
-        self._slots.store(to_B, tokens_BN, verdict.accepted_B, proposals, sampling.all_greedy)
+        tokens_BN, accepted_B, proposals.tokens_BM, proposals.count_B = of_first_rank(
+            tokens_BN, verdict.accepted_B, proposals.tokens_BM, proposals.count_B
+        )
+        self._slots.store(to_B, tokens_BN, accepted_B, proposals, sampling.all_greedy)
 
     def _never_mask(self, logits: torch.Tensor) -> torch.Tensor:
         """The mask token of a fully converted model is never sampled."""
