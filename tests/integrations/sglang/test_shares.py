@@ -49,7 +49,7 @@ def test_each_rank_has_the_rows_of_its_heads(shape: tuple[int, int, int], rank: 
     ranks, heads, shared = shape
     lora = random_lora(HIDDEN, (heads * D, shared * D, shared * D), rank)
     # What the host's loader puts into a rank's rows, row by row: its number in the whole weight.
-    numbers = [torch.arange(len(B), dtype=torch.float32)[:, None].expand(-1, HIDDEN) for B in lora.B]
+    numbers = [torch.arange(float(len(B)))[:, None].expand(-1, HIDDEN) for B in lora.B]
     x = torch.randn(5, HIDDEN)
     for number in range(ranks):
         layer = QKVParallelLinear(
