@@ -2,7 +2,8 @@
 
     python benchmarks/pad_heads.py FOLDER
 
-writes FOLDER/model and FOLDER/adapter. Heads whose weights are zeros add nothing: the model says
+writes FOLDER/model and FOLDER/adapter (--model SOURCE: where the default model cannot be fetched,
+a folder with it). Heads whose weights are zeros add nothing: the model says
 what it said with its 9 heads (3 of keys and values), which tensor parallelism cannot divide by 2.
 """
 
@@ -26,6 +27,7 @@ from idlm.model.checkpoint import load_config, resolve
 from idlm.model.files import write_json, write_safetensors
 
 WEIGHTS = "model.safetensors"
+SHARED_HEADS = 4  # of keys and values
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,16 @@ class Heads:
         return padded
 
 
-def pad_default_model(folder: Path, shared_heads: int = 4) -> tuple[Path, Path]:
-    """Write model and adapter with ``shared_heads`` heads of keys and values; their folders."""
-    source, adapter = resolve(None), Path(str(files("idlm") / "adapters" / DEFAULT_ADAPTER))
+def pad_default_model(folder: Path, source: Path) -> tuple[Path, Path]:
+    """Write the model in ``source`` and its adapter with more heads; the folders of both."""
+    adapter = Path(str(files("idlm") / "adapters" / DEFAULT_ADAPTER))
     shutil.copytree(source, folder / "model")
     shutil.copytree(adapter, folder / "adapter")
     config = json.loads((source / "config.json").read_text())
     group = config["num_attention_heads"] // config["num_key_value_heads"]
-    config |= {"num_key_value_heads": shared_heads, "num_attention_heads": group * shared_heads}
-    heads = Heads(group * shared_heads * config["head_dim"], shared_heads * config["head_dim"])
+    config |= {"num_key_value_heads": SHARED_HEADS, "num_attention_heads": group * SHARED_HEADS}
+    width = SHARED_HEADS * config["head_dim"]
+    heads = Heads(group * width, width)
     write_json(folder / "model" / "config.json", config)
     for path in (folder / "model" / WEIGHTS, folder / "adapter" / LORA_FILE):
         write_safetensors(path, heads.pad(load_file(path)))
@@ -70,7 +73,9 @@ def main() -> None:
     """Write both folders."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    model, adapter = pad_default_model(parser.parse_args().folder)
+    parser.add_argument("--model", help="a folder with the default model")
+    args = parser.parse_args()
+    model, adapter = pad_default_model(args.folder, resolve(args.model))
     print(f"{model}\n{adapter}")
 
 
