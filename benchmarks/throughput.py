@@ -190,7 +190,7 @@ def measure(
     # Graphs are captured when they are first needed: not in the window that counts.
     calm = time.perf_counter() + seconds
     captured = _captured(engine)
-    while time.perf_counter() < min(calm, limit):
+    while time.perf_counter() < limit and (time.perf_counter() < calm or len(ended) < len(PROMPTS)):
         step()
         if _captured(engine) != captured:
             captured, calm = _captured(engine), time.perf_counter() + seconds

@@ -15,7 +15,7 @@ from idlm import LLM, SamplingParams
 from idlm.decoding.cycle import Method, Outcome
 from idlm.decoding.layout import Layout
 from idlm.decoding.propose import num_candidates
-from idlm.engine.engine import Engine
+from idlm.engine.engine import GATHER_STEPS, Engine
 from idlm.engine.graphs import Graphs, Inputs, Texts
 from idlm.engine.kv_cache import KVCache
 from tests.support.random_model import random_adapter, random_config, random_decoder
@@ -113,6 +113,47 @@ def test_coupled_tokens_are_those_of_autoregression(
     kinds = [PARAMS[0], PARAMS[1], PARAMS[2]]
     strided = run(engine_of(llm, model, layout, stride, "coupled"), kinds, 12)
     assert strided == run(engine_of(llm, model, "ar", 1, "coupled"), kinds, 12)
+
+
+def test_rows_of_requests_that_have_ended_do_no_harm(llm: LLM, model: Any) -> None:
+    expected: list[list[int]] = []
+    for plain in (True, False):
+        engine = engine_of(llm, model, "quadratic", 2, "coupled", max_batch=24, ahead=not plain)
+        if plain:
+            engine._runner._graphs = None
+        requests = [
+            engine.add([9 + i] * (3 + i % 5), SamplingParams(seed=i, max_tokens=10 + 3 * i))
+            for i in range(24)
+        ]
+        kept = 0
+        while engine.busy:
+            engine.step()
+            kept += sum(request.finished for request in engine._batch.requests)
+        assert engine.stats.kv_tokens == 0
+        tokens = [request.token_ids for request in requests]
+        if plain:
+            expected = tokens
+        else:
+            assert kept > 0 and tokens == expected
+
+
+def test_a_few_prompts_wait_for_each_other(llm: LLM, model: Any) -> None:
+    engine = engine_of(llm, model, "ar", 1, "coupled", max_batch=64)
+    params = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
+    first = [engine.add([9 + i] * 4, params) for i in range(40)]
+    while not all(request.token_ids for request in first):
+        engine.step()
+    late = engine.add([8] * 4, params)
+    engine.step()
+    assert late.started == 0  # it would take a forward of its own
+    for i in range(2):
+        engine.add([6 - i] * 4, params)
+    engine.step()
+    assert late.started > 0
+    alone = engine.add([4] * 4, params)
+    for _ in range(GATHER_STEPS + 1):
+        engine.step()
+    assert alone.started > 0  # but not for long
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ ACCEPTANCE, WORTH = 0.8, 8.0
 TRIES = 3
 # Observations of a place that count; older ones fade.
 MEMORY = 1000.0
-STRIDES = {"linear": (2, 4), "quadratic": (3, 4, 6, 8)}
+STRIDES = {"linear": (2, 4), "quadratic": (2, 3, 4, 6, 8)}
 
 
 def plans(block_size: int) -> tuple[Layout, ...]:

@@ -14,6 +14,10 @@ from idlm.engine.request import Request
 from idlm.engine.runner import Runner
 from idlm.model.transfer import upload
 
+# Rows of requests for each row that may be nobody's: to arrange a batch anew takes the host as long
+# as a forward of a small model takes the device.
+SPARE = 8
+
 
 class Batch:
     """Row ``i`` of its state belongs to ``requests[i]``.
@@ -30,14 +34,14 @@ class Batch:
 
     def become(self, requests: Sequence[Request]) -> None:
         """Let ``requests`` be the batch; who leaves unfinished takes its state along."""
-        if len(requests) == len(self.requests) and set(requests) == set(self.requests):
+        wanted, present = set(requests), set(self.requests)
+        gone = [request for request in self.requests if request not in wanted]
+        if wanted <= present and (not gone or self._may_keep(gone)):
             return
-        wanted = set(requests)
         stay = [row for row, request in enumerate(self.requests) if request in wanted]
         for row, request in enumerate(self.requests):
             if request not in wanted and not request.finished:
                 request.state = self._select([row])
-        present = set(self.requests)
         joining = [request for request in requests if request not in present]
         states = [self._select(stay)] if stay else []
         for request in joining:
@@ -45,6 +49,12 @@ class Batch:
             states.append(request.state)
             request.state = None
         self._set([self.requests[row] for row in stay] + joining, states)
+
+    def _may_keep(self, gone: Sequence[Request]) -> bool:
+        """Whether those who have left may keep their rows for a while."""
+        few = len(gone) * (SPARE + 1) <= len(self.requests)
+        finished = all(request.finished for request in gone)
+        return few and finished and self._runner.takes_nobody(self.requests)
 
     def launch(self, method: Method) -> Commit:
         """Begin one forward of all; the batch goes on from what it will bring."""
@@ -102,6 +112,7 @@ class Table:
         for row, lease in enumerate(self._leases):
             if lengths[row] != self._lengths[row]:
                 self._host_BP[row, : lengths[row]] = lease.ids
+                self._host_BP[row, lengths[row] :] = 0
         self._lengths = lengths
         self._table_BP = upload(self._host_BP, self._device)
         return self._table_BP

@@ -19,7 +19,7 @@ from idlm.engine.batch import Batch
 from idlm.engine.check import check_request
 from idlm.engine.commit import Commit
 from idlm.engine.grammar import grammars_of
-from idlm.engine.graphs import text_size
+from idlm.engine.graphs import text_requests, text_size
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.request import Request
 from idlm.engine.runner import Runner
@@ -29,6 +29,8 @@ from idlm.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# Running requests for each one that joins them at once; steps that others wait for more to join.
+GATHER, GATHER_STEPS = 16, 8
 # Enough for a policy to try what is worth a try.
 WARM_UP_TOKENS = 48
 
@@ -72,7 +74,7 @@ class Engine:
         self._eos = frozenset(config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
         self._grammars = grammars_of(tokenizer, config.vocab_size, self._eos)
         self._ids = itertools.count()
-        self._failed_forwards, self._waited = 0, 0.0
+        self._failed_forwards, self._waited, self._gathering = 0, 0.0, 0
         self._pool = cache.pool
         self._scheduler = Scheduler(cache.pool, max_batch, rows)
         longest = min(self._context, self._room) + rows + text_size(chunk)
@@ -119,17 +121,25 @@ class Engine:
         What is compiled, captured or timed when it is first needed is there before the load is.
         """
         sizes = [1 << n for n in range(self.max_batch.bit_length()) if 1 << n < self.max_batch]
-        params = SamplingParams(
-            temperature=0, max_tokens=min(WARM_UP_TOKENS, self._room - 1), ignore_eos=True
-        )
         for size in [*sizes, self.max_batch]:
             logger.info("Setting up for %d of %d requests at once.", size, self.max_batch)
-            for token in range(size):
-                self.add([token % self.method.decoder.config.vocab_size], params)
-            while self.busy:
-                self.step()
+            self._run_made_up(size, 1, WARM_UP_TOKENS)
+        length = text_size(1)
+        while self._ahead and length < min(self.chunk + 1, self._room, self._context):
+            logger.info("Setting up for prompts of up to %d tokens.", length)
+            for count in sorted({1, text_requests(2, length), self.chunk // length}):
+                self._run_made_up(min(count, self.max_batch), length, 1)
+            length *= 2
         if self._policy is not None:
             self._policy.forget()
+
+    def _run_made_up(self, requests: int, prompt: int, tokens: int) -> None:
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        vocab_size = self.method.decoder.config.vocab_size
+        for _ in range(requests):
+            self.add([secrets.randbelow(vocab_size)] * prompt, params)
+        while self.busy:
+            self.step()
 
     @torch.inference_mode()
     def abort(self, request: Request) -> None:
@@ -182,15 +192,15 @@ class Engine:
             The requests that went forward; none while other engines hold the blocks.
         """
         moved: list[Request] = []
-        if self._scheduler.grow():
-            self._scheduler.admit()
-        else:
+        if not self._scheduler.grow():
             moved = self._read(len(self._flights))  # who has to leave leaves with all its tokens
-            self._scheduler.schedule()
+            self._scheduler.preempt()
+        elif self._gathered():
+            self._scheduler.admit()
         self._batch.become(self._scheduler.running)
         due = len(self._flights)
         if self._batch.requests:
-            moved += self._batch.requests
+            moved += [request for request in self._batch.requests if not request.finished]
             self._decode(self._batch)
         moved += self._run_texts()
         if not self._ahead or any(request.host_bound for request in moved):
@@ -199,6 +209,19 @@ class Engine:
         if not (self._scheduler.running or self._scheduler.prefilling):
             self._flights.clear()  # of requests that ended
         return list(dict.fromkeys(moved))
+
+    def _gathered(self) -> bool:
+        """Whether to begin with those that wait now.
+
+        On a GPU a forward for one prompt takes as long as for many: a few wait for each other.
+        """
+        running = len(self._scheduler.running)
+        could = min(len(self._scheduler.waiting), self.max_batch - running)
+        self._gathering = self._gathering + 1 if could > 0 else 0
+        if self._ahead and could * GATHER < running and self._gathering <= GATHER_STEPS:
+            return False
+        self._gathering = 0
+        return True
 
     def _decode(self, batch: Batch) -> None:
         requests = batch.requests

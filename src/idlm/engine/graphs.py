@@ -23,6 +23,7 @@ from idlm.engine.commit import Launch
 from idlm.engine.kv_cache import KVCache
 
 LEAST_TEXT = 16  # tokens of a captured prefill
+FEW_ROWS = 256  # of a forward: fewer take hardly less time
 
 
 class CaptureError(RuntimeError):
@@ -88,9 +89,10 @@ class Graphs:
     ) -> Launch:
         """`cycle.prefill`."""
         B, C = tokens_BC.shape
-        key = ("prefill", _power(B), C, *sampling.kind, method.layout)
+        size = text_requests(B, C)
+        key = ("prefill", size, C, *sampling.kind, method.layout)
         if key not in self._texts:
-            texts = Texts.empty(_power(B), C, self._width, sampling)
+            texts = Texts.empty(size, C, self._width, sampling)
 
             def run() -> Outcome:
                 caches = self._cache.k_LNKTD, self._cache.v_LNKTD
@@ -156,6 +158,14 @@ def _power(n: int) -> int:
 def text_size(tokens: int) -> int:
     """Tokens that a captured prefill of so many has room for."""
     return max(_power(tokens), LEAST_TEXT)
+
+
+def text_requests(requests: int, tokens: int) -> int:
+    """Requests that a captured prefill of so many, of so many tokens each, has room for.
+
+    One, or enough to be worth a forward: else there would be a graph for every number of them.
+    """
+    return 1 if requests == 1 else max(_power(requests), FEW_ROWS // tokens)
 
 
 @dataclass(frozen=True)
@@ -228,12 +238,13 @@ class Inputs:
         B, taken = len(state.pending_B), self._taken
         if taken[1] is not state or taken[2] is not sampling:
             self.clear()
-            self.real_B[:B] = 1
             for name, tensor in self.sampling.tensors.items():
                 tensor[:B] = sampling.tensors[name]
             self._take_state(state, B)
         if taken[0] is not table_BP or taken[1] is not state or taken[2] is not sampling:
             self.table_BP[:B, : table_BP.shape[1]] = table_BP
+            # Block 0 is nobody's, and so is a row that begins with it.
+            self.real_B[:B] = table_BP[:, 0] != 0
         self._taken = (table_BP, state, sampling)
 
     def state_of(self, B: int) -> State:

@@ -103,6 +103,10 @@ class Runner:
             )
         )
 
+    def takes_nobody(self, requests: Sequence[Request]) -> bool:
+        """Whether a batch may have rows of requests that have given their blocks back."""
+        return self._graphs is not None and not any(_by_hand(r) for r in requests)
+
     def cache(self, request: Request, end: int) -> None:
         """Cache the tokens before ``end`` that are not cached yet."""
         cycle.cache(

@@ -59,17 +59,14 @@ class Scheduler:
         """Make room for the next forward of those that run; whether there is room for all."""
         return all(self._has_room(request) for request in self.running)
 
-    def schedule(self) -> None:
-        """Make room for the next forward of those that run, then `admit`.
+    def preempt(self) -> None:
+        """Let requests leave until there is room for the next forward of those that run.
 
-        Who has to leave goes on later from the tokens that it has now.
+        They go on later from the tokens that they have now.
         """
-        before = self.preemptions
         for request in list(self.running):
             while request.phase is Phase.RUNNING and not self._has_room(request):
                 self._preempt_last()
-        if self.preemptions == before:
-            self.admit()
 
     def admit(self) -> None:
         """Begin with those that wait, until one of them has text to be run."""
