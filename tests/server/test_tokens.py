@@ -34,9 +34,9 @@ def updates(tokens: list[int], groups: list[int], stop: list[str]) -> tuple[Requ
     given_out: list[Update] = []
     rest = list(tokens)
     for size in [*groups, len(tokens)]:
-        for token in rest[:size]:
-            if not request.finished:
-                request.append(token, Source.SAMPLED, {})
+        own = rest[:size]
+        if own:
+            request.extend(own, [Source.SAMPLED] * len(own), [{}] * len(own))
         rest = rest[size:]
         update = job.news()
         if update is not None:
