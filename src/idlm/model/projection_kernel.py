@@ -112,7 +112,7 @@ class Stream:
     Attributes:
         x_NH: the rows.
         scaled_NH: the rows times the norm's weight.
-        squares_NP: sums of squares of the rows' parts, fp32: the rest of the norm.
+        squares_NP: sums of squares of the rows' parts, fp64: the rest of the norm.
         eps: the norm's.
     """
 
@@ -126,7 +126,7 @@ def begin(x_NH: torch.Tensor, norm_H: torch.Tensor, eps: float) -> Stream:
     """A stream of its own that is ``x``, dense, and goes into the norm of weight ``norm``."""
     N, H = x_NH.shape
     own_NH, scaled_NH = torch.empty_like(x_NH), torch.empty_like(x_NH)
-    squares_N1 = torch.empty((N, 1), dtype=torch.float32, device=x_NH.device)
+    squares_N1 = torch.empty((N, 1), dtype=torch.float64, device=x_NH.device)
     _begin[(N,)](x_NH, norm_H, own_NH, scaled_NH, squares_N1, H=H, WIDTH=triton.next_power_of_2(H))
     return Stream(own_NH, scaled_NH, squares_N1, eps)
 
@@ -199,7 +199,7 @@ def add(
     N, (H, I) = len(x_NI), weight_HI.shape  # noqa: E741
     tile = tile or tile_of(N, H, I, modules, x_NI.itemsize)
     squares_NP = torch.empty(
-        (N, triton.cdiv(H, tile.outputs)), dtype=torch.float32, device=x_NI.device
+        (N, triton.cdiv(H, tile.outputs)), dtype=torch.float64, device=x_NI.device
     )
     onward = Stream(stream.x_NH, torch.empty_like(stream.x_NH), squares_NP, eps)
     _launch(
@@ -309,7 +309,7 @@ def _begin(  # type: ignore[no-untyped-def]
     tl.store(
         scaled_ptr + row * H + lane, (wide * scale).to(scaled_ptr.dtype.element_ty), mask=lane < H
     )
-    tl.store(squares_ptr + row, tl.sum(wide * wide, 0))
+    tl.store(squares_ptr + row, tl.sum((wide * wide).to(tl.float64), 0))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -326,9 +326,10 @@ def _divide(  # type: ignore[no-untyped-def]
     """One row behind its norm."""
     row = tl.program_id(0).to(tl.int64)
     lane, part = tl.arange(0, WIDTH), tl.arange(0, PARTS)
-    squares = tl.sum(tl.load(squares_ptr + row * parts + part, mask=part < parts, other=0.0), 0)
+    squares = tl.load(squares_ptr + row * parts + part, mask=part < parts, other=0.0)
+    mean = tl.sum(squares.to(tl.float64), 0).to(tl.float32) / H
     scaled = tl.load(scaled_ptr + row * H + lane, mask=lane < H, other=0.0).to(tl.float32)
-    out = scaled * (1.0 / tl.sqrt(squares / H + eps))
+    out = scaled * (1.0 / tl.sqrt(mean + eps))
     tl.store(out_ptr + row * H + lane, out.to(out_ptr.dtype.element_ty), mask=lane < H)
 
 
@@ -368,7 +369,8 @@ def _product(  # type: ignore[no-untyped-def]
             )
         y = tl.dot(x, weight, y, input_precision="ieee")
     if PARTS:
-        y = y * (1.0 / tl.sqrt(tl.sum(squares, 1) / I + eps))[:, None]
+        mean = tl.sum(squares.to(tl.float64), 1).to(tl.float32) / I
+        y = y * (1.0 / tl.sqrt(mean + eps))[:, None]
     return y
 
 
@@ -522,7 +524,9 @@ def _project(  # type: ignore[no-untyped-def]
             # What follows sees the stream as it is stored.
             y = tl.where(written, y.to(y_ptr.dtype.element_ty).to(tl.float32), 0.0)
             part = rows.to(tl.int64) * tl.cdiv(O, OUTPUTS) + tile
-            tl.store(onward_squares_ptr + part, tl.sum(y * y, 1), mask=rows < end)
+            # Sums of squares of bf16 are exact in fp64: no tile's width shows in them.
+            squares = tl.sum((y * y).to(tl.float64), 1)
+            tl.store(onward_squares_ptr + part, squares, mask=rows < end)
             scale = tl.load(norm_ptr + safe_outputs).to(tl.float32)
             scaled_tile_ptr = scaled_ptr + rows[:, None].to(tl.int64) * width + outputs[None, :]
             scaled = (y * scale[None, :]).to(y_ptr.dtype.element_ty)
