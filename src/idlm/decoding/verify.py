@@ -130,8 +130,11 @@ def verify(
         logits_BNV: rows of pending and ``d_1 .. d_{N-1}``; row ``i`` predicts ``d_{i+1}``.
         position_B: position of the first draft, int64: what its random draws are keyed by.
     """
-    if sampling.plain and sampling.all_greedy and cuda_head.usable(logits_BNV.device):
-        return Verdict(*cuda_head.greedy_verdict(logits_BNV, drafts.tokens_BM, drafts.count_B))
+    if sampling.plain and cuda_head.usable(logits_BNV.device):
+        given = drafts.tokens_BM, drafts.ids_BMK, drafts.probs_BMK, drafts.count_B
+        draw = sampling.draw(position_B, Stream.TOKEN)
+        accept = None if rule == "coupled" else int(Stream.ACCEPT)
+        return Verdict(*cuda_head.verdict(logits_BNV, given, draw, accept))
     before_BNM = _drafts_before(drafts.tokens_BM)
     if sampling.all_greedy:
         targets_BN = greedy_choice(logits_BNV, sampling, before_BNM)

@@ -171,13 +171,25 @@ def best_of_groups(logits_BRV: torch.Tensor, k: int) -> torch.Tensor:
     return best_of_groups(logits_BRV, k)
 
 
-def greedy_verdict(
-    logits_BNV: torch.Tensor, tokens_BM: torch.Tensor, count_B: torch.Tensor
+def verdict(
+    logits_BNV: torch.Tensor,
+    drafts: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    draw: Draw | None,
+    accept_stream: int | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Accepted drafts, the next token and the overlap (`verdict_kernel.greedy_verdict`)."""
-    from idlm.model.verdict_kernel import greedy_verdict
+    """Accepted drafts, the next token and the overlap (`verdict_kernel`).
 
-    return greedy_verdict(logits_BNV, tokens_BM, count_B)
+    Args:
+        drafts: tokens, candidates, their probabilities and how many count.
+        draw: None: all are greedy.
+        accept_stream: None: the coupled rule.
+    """
+    from idlm.model.verdict_kernel import greedy_verdict, sampled_verdict
+
+    tokens_BM, ids_BMK, probs_BMK, count_B = drafts
+    if draw is None:
+        return greedy_verdict(logits_BNV, tokens_BM, count_B)
+    return sampled_verdict(logits_BNV, tokens_BM, ids_BMK, probs_BMK, count_B, draw, accept_stream)
 
 
 def settle(*given: Any) -> tuple[torch.Tensor, ...]:
