@@ -60,7 +60,8 @@ def test_is_the_layers(
     start_B = torch.tensor([0, 13, 30])
     visible_BRR = torch.ones(R, R, dtype=torch.bool).tril().repeat(B, 1, 1)
     positions_BR = start_B[:, None] + torch.arange(R)
-    x_BRH = torch.randn(B, R, config.hidden_size, device=DEVICE)
+    tokens_BC = torch.randint(config.vocab_size, (B, clean + 1), device=DEVICE)[:, :clean]
+    x_BRH = decoder._embed(tokens_BC, masks, adapter)
     cos, sin = decoder._rope(positions_BR.to(DEVICE), torch.float32)
 
     def attention(caches: torch.Tensor) -> PagedAttention:
@@ -76,7 +77,8 @@ def test_is_the_layers(
         )
 
     caches, expected_caches = (paged(kept, table_BP).to(DEVICE) for _ in range(2))
-    hidden_BRH = cuda_stack.run(decoder, x_BRH.clone(), cos, sin, attention(caches), masks, adapter)
+    given = tokens_BC, positions_BR.to(DEVICE), attention(caches), masks, adapter
+    hidden_BRH = cuda_stack.run(decoder, *given)
     for layer in decoder.layers:
         x_BRH = layer(x_BRH, cos, sin, attention(expected_caches), masks, adapter)
     torch.testing.assert_close(hidden_BRH, decoder.norm(x_BRH), atol=1e-4, rtol=1e-3)

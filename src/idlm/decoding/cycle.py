@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from idlm.decoding.layout import Layout, row_tables
+from idlm.decoding.layout import Layout, RowTables, row_tables
 from idlm.decoding.propose import propose
 from idlm.decoding.sampling import Sampling
 from idlm.decoding.settle import settle
 from idlm.decoding.verify import Drafts, Verdict, verify
+from idlm.model import cuda_head
 from idlm.model.adapter import Adapter
 from idlm.model.attention import PagedAttention
 from idlm.model.decoder import Decoder
@@ -123,18 +124,18 @@ def decode(
             sampling,
         )
     tables = row_tables(layout, state.pending_B.device)
-    positions_BR = state.length_B[:, None] + tables.offsets_NR[drafts.count_B]
+    tokens_BN, positions_BR, visible_BRR = _rows(tables, state)
     attention = PagedAttention(
         k_LNKTD,
         v_LNKTD,
         table_BP,
         state.length_B,
         positions_BR,
-        tables.visible_NRR[drafts.count_B],
+        visible_BRR,
         method.decoder.config.sliding_window,
     )
     hidden_BRH = method.decoder(
-        torch.cat((state.pending_B[:, None], drafts.tokens_BM), dim=1),
+        tokens_BN,
         positions_BR,
         attention,
         num_masks=layout.num_masks,
@@ -147,6 +148,19 @@ def decode(
         tables.block_after_NN,
         state,
         sampling,
+    )
+
+
+def _rows(tables: RowTables, state: State) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens of the model's own rows; where all rows stand, and which rows they see."""
+    pending_B, length_B, drafts = state.pending_B, state.length_B, state.drafts
+    if cuda_head.usable(pending_B.device):
+        given = pending_B, length_B, drafts.tokens_BM, drafts.count_B
+        return cuda_head.arrange(*given, tables.offsets_NR, tables.visible_NRR)
+    return (
+        torch.cat((pending_B[:, None], drafts.tokens_BM), dim=1),
+        length_B[:, None] + tables.offsets_NR[drafts.count_B],
+        tables.visible_NRR[drafts.count_B],
     )
 
 

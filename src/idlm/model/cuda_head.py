@@ -197,3 +197,10 @@ def settle(*given: Any) -> tuple[torch.Tensor, ...]:
     from idlm.model.verdict_kernel import settle
 
     return settle(*given)
+
+
+def arrange(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, positions and visibility of the rows of a forward (`rows_kernel.arrange`)."""
+    from idlm.model.rows_kernel import arrange
+
+    return arrange(*given)

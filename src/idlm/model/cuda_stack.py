@@ -34,34 +34,34 @@ SMALL_WEIGHT = 1 << 22
 PROJECTIONS = ("qkv", "o", "gate_up", "down")
 
 
-def takes(x_BRH: torch.Tensor, attention: PagedAttention, adapter: Adapter | None) -> bool:
+def takes(decoder: Decoder, attention: PagedAttention, adapter: Adapter | None) -> bool:
     """Whether `run` can stand in for the layers: on CUDA, without gradients, nothing trained."""
     return (
-        usable(x_BRH.device)
+        usable(attention.start_B.device)
         and not torch.is_grad_enabled()
-        and attention.k_LNKTD.dtype is x_BRH.dtype
+        and attention.k_LNKTD.dtype is decoder.embed.weight.dtype
         and (adapter is None or adapter.frozen)
     )
 
 
 def run(
     decoder: Decoder,
-    x_BRH: torch.Tensor,
-    cos_BR1D: torch.Tensor,
-    sin_BR1D: torch.Tensor,
+    tokens_BC: torch.Tensor,
+    positions_BR: torch.Tensor,
     attention: PagedAttention,
     num_masks: int,
     adapter: Adapter | None,
 ) -> torch.Tensor:
-    """All layers and the final norm; the cache gets the rows' keys and values.
+    """`Decoder.forward`, whose arguments these are; the cache gets the rows' keys and values.
 
     Returns:
         ``hidden_BRH``.
     """
     # Not at the top: there may be no Triton here.
     from idlm.model.paged_kernel import Rows, attend, rotate_and_append
+    from idlm.model.rows_kernel import enter
 
-    B, R, _ = x_BRH.shape
+    B, R = positions_BR.shape
     rows = Rows(
         requests=B,
         clean=R - num_masks,
@@ -71,8 +71,15 @@ def run(
         positions_BR=attention.positions_BR,
         visible_BRR=attention.visible_BRR.contiguous(),
     )
-    x_NH = rows.flat(x_BRH)
-    cos_ND, sin_ND = rows.flat(cos_BR1D.squeeze(2)), rows.flat(sin_BR1D.squeeze(2))
+    embedding_VH = decoder.embed.weight
+    x_NH, cos_ND, sin_ND = enter(
+        tokens_BC,
+        positions_BR.contiguous(),
+        embedding_VH,
+        decoder.mask_embedding(adapter) if num_masks else embedding_VH[0],
+        decoder.frequencies(positions_BR.device),
+        decoder.rope_factor,
+    )
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
     small = decoder.config.hidden_size * decoder.config.intermediate_size < SMALL_WEIGHT
     updates = [{}] * len(layers) if adapter is None else _updates(decoder, adapter, merge=small)

@@ -165,13 +165,14 @@ class Decoder(nn.Module):
         Returns:
             ``hidden_BRH`` after the final norm.
         """
+        lora = adapter if num_masks else None
+        paged = attention if isinstance(attention, PagedAttention) else None
+        if paged is not None and cuda_stack.takes(self, paged, lora):
+            return cuda_stack.run(self, tokens_BC, positions_BR, paged, num_masks, lora)
         x_BRH = self._embed(tokens_BC, num_masks, adapter)
         cos_BR1D, sin_BR1D = self._rope(positions_BR, x_BRH.dtype)
-        lora = adapter if num_masks else None
-        if isinstance(attention, PagedAttention):
-            for stack in (cpu_stack, cuda_stack):
-                if stack.takes(x_BRH, attention, lora):
-                    return stack.run(self, x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, lora)
+        if paged is not None and cpu_stack.takes(x_BRH, paged, lora):
+            return cpu_stack.run(self, x_BRH, cos_BR1D, sin_BR1D, paged, num_masks, lora)
         for layer in self.layers:
             x_BRH = layer(x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, lora)
         return self.norm(x_BRH)
@@ -204,20 +205,26 @@ class Decoder(nn.Module):
         x_BCH = self.embed(tokens_BC)
         if num_masks == 0:
             return x_BCH
+        mask_H = self.mask_embedding(adapter).to(x_BCH.dtype)
+        return torch.cat((x_BCH, mask_H.expand(x_BCH.shape[0], num_masks, -1)), dim=1)
+
+    def mask_embedding(self, adapter: Adapter | None) -> torch.Tensor:
+        """``[H]``: what mask rows are before the first layer."""
         if adapter is not None:
-            mask_H: torch.Tensor = adapter.mask_embedding
-        else:
-            assert self.config.mask_token_id is not None, "mask rows need an adapter or a mask id"
-            mask_H = self.embed.weight[self.config.mask_token_id]
-        mask_BMH = mask_H.to(x_BCH.dtype).expand(x_BCH.shape[0], num_masks, -1)
-        return torch.cat((x_BCH, mask_BMH), dim=1)
+            return adapter.mask_embedding
+        assert self.config.mask_token_id is not None, "mask rows need an adapter or a mask id"
+        return self.embed.weight[self.config.mask_token_id]
+
+    def frequencies(self, device: torch.device) -> torch.Tensor:
+        """Of the rotary embedding's pairs, ``[D / 2]``, fp32."""
+        if self.inv_freq_F.device != device:
+            self.inv_freq_F = self.inv_freq_F.to(device)
+        return self.inv_freq_F
 
     def _rope(
         self, positions_BR: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.inv_freq_F.device != positions_BR.device:
-            self.inv_freq_F = self.inv_freq_F.to(positions_BR.device)
-        angles_BRF = positions_BR[..., None].float() * self.inv_freq_F
+        angles_BRF = positions_BR[..., None].float() * self.frequencies(positions_BR.device)
         cos_BRF = angles_BRF.cos() * self.rope_factor
         sin_BRF = angles_BRF.sin() * self.rope_factor
         cos_BR1D = torch.cat((cos_BRF, cos_BRF), dim=-1)[:, :, None].to(dtype)
