@@ -18,6 +18,9 @@ from tests.support.random_model import random_adapter, random_config, random_dec
 
 GREEDY = SamplingParams(temperature=0)
 WARM = SamplingParams(temperature=0.8)
+CUT = SamplingParams(temperature=0.9, top_p=0.8, top_k=20)
+TIRED = SamplingParams(temperature=1.1, repetition_penalty=1.3, logit_bias={3: 1.0})
+TIRED_GREEDY = SamplingParams(temperature=0, presence_penalty=0.7)
 PROMPTS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(7))
 
 
@@ -90,6 +93,9 @@ def assert_same(actual: Outcome, expected: Outcome) -> None:
         ("linear", 3, "coupled", [WARM, WARM]),
         ("quadratic", 3, "rejection", [WARM, GREEDY, WARM]),
         ("quadratic", 3, "coupled", [WARM, GREEDY, WARM]),
+        ("quadratic", 2, "rejection", [CUT, TIRED, GREEDY]),
+        ("linear", 3, "coupled", [TIRED, CUT]),
+        ("linear", 3, "rejection", [TIRED_GREEDY, GREEDY]),
     ],
 )
 @torch.inference_mode()

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.random import Stream, exponential, uniform
-from idlm.decoding.sampling import Sampling
+from idlm.decoding.sampling import Sampling, sample
 from idlm.decoding.settle import settle
 from idlm.decoding.verify import Drafts, Verdict, verify
 from idlm.model import cpu_kernels, cuda_head, noise_kernel
@@ -122,6 +122,24 @@ def test_settle(M: int, blocks: int, size: int) -> None:
         expected = settle(*given)
     for ours, theirs in zip(vars(actual).values(), vars(expected).values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("X", [5, CHUNK, 2 * CHUNK + 1])
+@pytest.mark.parametrize("some", [True, False])
+def test_samples(X: int, some: bool) -> None:
+    draw = torch.Generator().manual_seed(X)
+    B, R = 3, 2
+    probs_BRX = torch.randn(B, R + 1, X, generator=draw).softmax(-1).to(DEVICE)[:, 1:]
+    probs_BRX[0, 0] *= torch.rand(X, generator=draw).to(DEVICE) < 0.5
+    ids_BRX = torch.rand(B, R + 1, X, generator=draw).argsort(-1).to(DEVICE)[:, :R]
+    seed_B, position_BR = (torch.arange(n, device=DEVICE) for n in (B, B * R))
+    found = []
+    for wanted in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_head, "usable", lambda device, wanted=wanted: wanted)
+            given = probs_BRX, seed_B, position_BR.view(B, R), Stream.DRAFT
+            found.append(sample(*given, ids_BRX if some else None))
+    assert torch.equal(*found)
 
 
 @triton.jit

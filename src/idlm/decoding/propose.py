@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from idlm.decoding.random import Stream, exponential
+from idlm.decoding.random import Stream
 from idlm.decoding.sampling import Sampling, distribution, greedy_choice, sample
 from idlm.decoding.verify import Drafts
 from idlm.model import cpu_kernels, cuda_head
@@ -80,8 +80,7 @@ def propose(
         else:
             q_BK = distribution(logits_B1K, sampling, drafts_B1E, ids_B1K)[:, 0]
             place_B1 = (position_B + 1 + j)[:, None]
-            noise_BK = exponential(sampling.seed_B[:, None], place_B1, stream, ids_B1K[:, 0])
-            choice_B1 = sample(q_BK, noise_BK)[:, None]
+            choice_B1 = sample(q_BK[:, None], sampling.seed_B, place_B1, stream, ids_B1K)
             probs.append(q_BK)
         previous_B = ids_B1K[:, 0].gather(1, choice_B1).squeeze(1)
         tokens.append(previous_B)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from idlm.decoding.params import SamplingParams
-from idlm.decoding.random import Stream
+from idlm.decoding.random import Stream, exponential
 from idlm.model import cpu_kernels, cuda_head
 from idlm.model.transfer import upload
 
@@ -215,9 +215,25 @@ def distribution(
     return probs_BRX
 
 
-def sample(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Index of a sample from ``probs[..., X]`` (need not sum to 1) by exponential ``noise``."""
-    return (probs / noise).argmax(dim=-1)
+def sample(
+    probs_BRX: torch.Tensor,
+    seed_B: torch.Tensor,
+    position_BR: torch.Tensor,
+    stream: Stream,
+    ids_BRX: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Index ``[B, R]`` of a sample from each row of ``probs`` (which need not sum to 1).
+
+    Args:
+        seed_B, position_BR: int64; a sample is a function of these, the stream and ``probs``.
+        ids_BRX: the tokens of ``probs``, int64; None: the whole vocabulary.
+    """
+    if cuda_head.usable(probs_BRX.device):
+        return cuda_head.sample(probs_BRX, seed_B, position_BR, int(stream), ids_BRX)
+    if ids_BRX is None:
+        ids_BRX = torch.arange(probs_BRX.shape[-1], device=probs_BRX.device)
+    noise = exponential(seed_B[:, None, None], position_BR[..., None], stream, ids_BRX)
+    return (probs_BRX / noise).argmax(dim=-1)
 
 
 def _select(values_BV: torch.Tensor, ids_BRX: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from idlm.decoding.random import Stream, exponential, uniform
+from idlm.decoding.random import Stream, uniform
 from idlm.decoding.sampling import Sampling, distribution, greedy_choice, sample
 from idlm.errors import InvalidRequestError
 from idlm.model import cuda_head
@@ -143,7 +143,8 @@ def verify(
     p_BNV = distribution(logits_BNV, sampling, before_BNM)
     overlap_BM = torch.minimum(p_BNV[:, :-1].gather(2, drafts.ids_BMK), drafts.probs_BMK).sum(-1)
     if rule == "coupled":
-        targets_BN = sample(p_BNV, _noise(p_BNV, position_B, sampling))
+        place_BN = _places(position_B, p_BNV.shape[1])
+        targets_BN = sample(p_BNV, sampling.seed_B, place_BN, Stream.TOKEN)
         return _matched(targets_BN, drafts, overlap_BM)
     return _rejection(p_BNV, drafts, position_B, sampling, overlap_BM)
 
@@ -166,8 +167,11 @@ def _rejection(
 
     Speculative sampling, arXiv 2211.17192, theorem 1.
     """
-    place_M = torch.arange(drafts.tokens_BM.shape[1], device=p_BNV.device)
-    u_BM = uniform(sampling.seed_B[:, None], position_B[:, None] + place_M, Stream.ACCEPT)
+    place_BM = _places(position_B, drafts.tokens_BM.shape[1])
+    if cuda_head.usable(p_BNV.device):
+        u_BM = cuda_head.uniform(sampling.seed_B, place_BM, int(Stream.ACCEPT))
+    else:
+        u_BM = uniform(sampling.seed_B[:, None], place_BM, Stream.ACCEPT)
     p_draft_BM = p_BNV[:, :-1].gather(2, drafts.tokens_BM[..., None]).squeeze(2)
     sampled_BMK = drafts.ids_BMK == drafts.tokens_BM[..., None]
     q_draft_BM = (drafts.probs_BMK * sampled_BMK).sum(-1)
@@ -182,15 +186,14 @@ def _rejection(
         # p = q up to rounding: nothing is left over, and a rejection had no chance to begin with.
         empty_B1 = residual_BV.sum(-1, keepdim=True) <= 0
         target_BV = torch.where(empty_B1, target_BV, residual_BV)
-    noise_BV = _noise(target_BV[:, None], position_B + accepted_B, sampling)[:, 0]
-    return Verdict(accepted_B, sample(target_BV, noise_BV), overlap_BM)
+    place_B1 = (position_B + accepted_B)[:, None]
+    next_B1 = sample(target_BV[:, None], sampling.seed_B, place_B1, Stream.TOKEN)
+    return Verdict(accepted_B, next_B1[:, 0], overlap_BM)
 
 
-def _noise(probs_BRV: torch.Tensor, position_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    _, R, V = probs_BRV.shape
-    token_V = torch.arange(V, device=probs_BRV.device)
-    position_BR1 = (position_B[:, None] + torch.arange(R, device=probs_BRV.device))[..., None]
-    return exponential(sampling.seed_B[:, None, None], position_BR1, Stream.TOKEN, token_V)
+def _places(position_B: torch.Tensor, count: int) -> torch.Tensor:
+    """``[B, count]``: the positions from ``position`` on."""
+    return position_B[:, None] + torch.arange(count, device=position_B.device)
 
 
 def _leading(stands_BM: torch.Tensor, count_B: torch.Tensor) -> torch.Tensor:

@@ -261,7 +261,6 @@ class Inputs:
     def go_on(self, state: State) -> State:
         """Write ``state`` over the one that it came from; rows of nobody stay short."""
         self._take_state(state, len(self.real_B))
-        self.state.length_B.mul_(self.real_B)
         return self.state
 
     def _take_state(self, state: State, B: int) -> None:
@@ -270,7 +269,7 @@ class Inputs:
         M = min(places, state.drafts.tokens_BM.shape[1])
         drafts = state.drafts.resized(M, candidates)
         self.state.pending_B[:B] = state.pending_B
-        self.state.length_B[:B] = state.length_B
+        torch.mul(state.length_B, self.real_B[:B], out=self.state.length_B[:B])
         own.tokens_BM[:B, :M] = drafts.tokens_BM
         own.count_B[:B] = drafts.count_B
         for mine, given in zip(self._distributions(own), self._distributions(drafts), strict=True):

@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from idlm.model.noise_kernel import exponential, key_of
+from idlm.model.noise_kernel import uniform as open_uniform
+
 # Tokens of a program that looks for the likeliest; groups and depth of one that takes the best of
 # each group.
 CHUNK = 2048
@@ -21,20 +24,53 @@ def argmax(logits_BRV: torch.Tensor) -> torch.Tensor:
     Args:
         logits_BRV: floating; the rows are dense, but may lie anywhere.
     """
-    B, R, V = logits_BRV.shape
-    index_BR = torch.empty((B, R), dtype=torch.int64, device=logits_BRV.device)
-    values_XC, indices_XC = best_of_chunks(logits_BRV)
-    chunks = values_XC.shape[1]
-    _argmax[(B * R,)](
+    return _of_chunks(*best_of_chunks(logits_BRV), logits_BRV)
+
+
+def sample(
+    probs_BRX: torch.Tensor,
+    seed_B: torch.Tensor,
+    position_BR: torch.Tensor,
+    stream: int,
+    ids_BRX: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`decoding.sampling.sample`: index ``[B, R]``, int64, of a sample from ``probs[b, r]``.
+
+    Args:
+        probs_BRX: fp32; the rows are dense, but may lie anywhere.
+        seed_B, position_BR: int64, dense.
+        ids_BRX: the tokens, int64, laid out as ``probs``; None: the whole vocabulary.
+    """
+    B, R, X = probs_BRX.shape
+    chunks = triton.cdiv(X, CHUNK)
+    values_XC = torch.empty((B * R, chunks), dtype=torch.float32, device=probs_BRX.device)
+    indices_XC = torch.empty((B * R, chunks), dtype=torch.int32, device=probs_BRX.device)
+    _sample_chunk[(B * R, chunks)](
+        probs_BRX,
+        *probs_BRX.stride()[:2],
+        seed_B,
+        position_BR,
+        seed_B if ids_BRX is None else ids_BRX,
+        *((0, 0) if ids_BRX is None else ids_BRX.stride()[:2]),
         values_XC,
         indices_XC,
-        index_BR,
-        chunks,
-        V=V,
-        CHUNKS=triton.next_power_of_2(chunks),
-        num_warps=1,
+        R,
+        STREAM=stream,
+        IDS=ids_BRX is not None,
+        X=X,
+        CHUNK=CHUNK,
+        num_warps=4,
     )
-    return index_BR
+    return _of_chunks(values_XC, indices_XC, probs_BRX)
+
+
+def uniform(seed_B: torch.Tensor, position_BR: torch.Tensor, stream: int) -> torch.Tensor:
+    """`decoding.random.uniform`, ``[B, R]`` fp64, of dense int64 seeds and positions."""
+    u_BR = torch.empty(position_BR.shape, dtype=torch.float64, device=seed_B.device)
+    R = position_BR.shape[1]
+    if R:
+        _uniform[(position_BR.numel(),)](seed_B, position_BR, u_BR, R, STREAM=stream, num_warps=1)
+    return u_BR
 
 
 def best_of_groups(logits_BRV: torch.Tensor, k: int) -> torch.Tensor:
@@ -56,6 +92,24 @@ def best_of_groups(logits_BRV: torch.Tensor, k: int) -> torch.Tensor:
         num_warps=4,
     )
     return ids_BRK
+
+
+def _of_chunks(
+    values_XC: torch.Tensor, indices_XC: torch.Tensor, rows_BRX: torch.Tensor
+) -> torch.Tensor:
+    """Index ``[B, R]``, int64, of the best of each row, given the best of its chunks."""
+    (B, R, X), chunks = rows_BRX.shape, values_XC.shape[1]
+    index_BR = torch.empty((B, R), dtype=torch.int64, device=rows_BRX.device)
+    _best[(B * R,)](
+        values_XC,
+        indices_XC,
+        index_BR,
+        chunks,
+        V=X,
+        CHUNKS=triton.next_power_of_2(chunks),
+        num_warps=1,
+    )
+    return index_BR
 
 
 def best_of_chunks(logits_BRV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,8 +164,52 @@ def _best_of_chunk(  # type: ignore[no-untyped-def]
     tl.store(indices_ptr + place, index)
 
 
+@triton.jit(do_not_specialize=["R"])
+def _sample_chunk(  # type: ignore[no-untyped-def]
+    probs_ptr,
+    stride_b,
+    stride_r,
+    seed_ptr,
+    position_ptr,
+    ids_ptr,
+    ids_stride_b,
+    ids_stride_r,
+    values_ptr,
+    indices_ptr,
+    R,
+    STREAM: tl.constexpr,
+    IDS: tl.constexpr,
+    X: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One chunk of one row: its largest ratio of probability and noise."""
+    row, chunk = tl.program_id(0), tl.program_id(1)
+    b, r = row // R, row % R
+    index = chunk * CHUNK + tl.arange(0, CHUNK)
+    row_ptr = probs_ptr + b.to(tl.int64) * stride_b + r * stride_r
+    p = tl.load(row_ptr + index, mask=index < X, other=0.0)
+    token = index
+    if IDS:
+        token = tl.load(
+            ids_ptr + b * ids_stride_b + r * ids_stride_r + index, mask=index < X, other=0
+        )
+    key = key_of(tl.load(seed_ptr + b), tl.load(position_ptr + row), STREAM)
+    best, first = first_best(p / exponential(key, token), index, X - 1, 0)
+    place = row * tl.num_programs(1) + chunk
+    tl.store(values_ptr + place, best)
+    tl.store(indices_ptr + place, first)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _uniform(seed_ptr, position_ptr, u_ptr, R, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One number."""
+    row = tl.program_id(0)
+    key = key_of(tl.load(seed_ptr + row // R), tl.load(position_ptr + row), STREAM)
+    tl.store(u_ptr + row, open_uniform(key))
+
+
 @triton.jit(do_not_specialize=["chunks"])
-def _argmax(  # type: ignore[no-untyped-def]
+def _best(  # type: ignore[no-untyped-def]
     values_ptr,
     indices_ptr,
     index_ptr,

@@ -50,14 +50,8 @@ def step(
     from idlm.model.projection_kernel import begin
 
     token = begin(token_BH, head.token_norm.weight, head.token_norm.eps or 0.0)
-    return _step(head, projected_BW, token, _begin_state(head, state_BH)).x_NH
-
-
-def _begin_state(head: SamplerHead, state_BH: torch.Tensor) -> Stream:
-    from idlm.model.projection_kernel import begin
-
     norm = _blocks(head)[0].state_norm
-    return begin(state_BH, norm.weight, norm.eps or 0.0)
+    return _step(head, projected_BW, token, begin(state_BH, norm.weight, norm.eps or 0.0)).x_NH
 
 
 def _step(
@@ -122,18 +116,17 @@ def chain(
         first_B: the token before the first place, int64.
         draw: by its position (that of ``first``). None: all are greedy; no distributions then.
     """
-    from idlm.model.score_kernel import draft
+    from idlm.model.score_kernel import begin_chain, draft
 
     B, M, K = ids_BMK.shape
     projected_BMW = head.project(hidden_BMH)
-    state = _begin_state(head, hidden_BMH.new_zeros(B, hidden_BMH.shape[2]))
-    token_BH = head.token_norm(decoder.embed.weight[first_B])
+    # What the zeros of the first state go into makes no difference to them.
+    norm_H, eps = head.token_norm.weight, head.token_norm.eps or 0.0
+    token_BH, state, finished_MB = begin_chain(first_B, decoder.embed.weight, norm_H, eps, M)
     tokens_BM = torch.empty_like(ids_BMK[..., 0], memory_format=torch.contiguous_format)
     probs_BMK = None
     if draw is not None:
         probs_BMK = torch.empty((B, M, K), dtype=torch.float32, device=ids_BMK.device)
-    # Filled by a kernel, as all that follows is.
-    finished_MB = torch.full((M, B), 0, dtype=torch.int32, device=ids_BMK.device)
     for place in range(M):
         state = _step(head, projected_BMW[:, place], token_BH, state)
         token_BH = draft(
@@ -142,8 +135,8 @@ def chain(
             decoder.output_weight,
             ids_BMK,
             decoder.embed.weight,
-            head.token_norm.weight,
-            head.token_norm.eps or 0.0,
+            norm_H,
+            eps,
             finished_MB,
             place,
             tokens_BM,
@@ -158,6 +151,26 @@ def argmax(logits_BRV: torch.Tensor) -> torch.Tensor:
     from idlm.model.choice_kernel import argmax
 
     return argmax(logits_BRV)
+
+
+def sample(
+    probs_BRX: torch.Tensor,
+    seed_B: torch.Tensor,
+    position_BR: torch.Tensor,
+    stream: int,
+    ids_BRX: torch.Tensor | None,
+) -> torch.Tensor:
+    """Index of a sample from each row (`choice_kernel.sample`)."""
+    from idlm.model.choice_kernel import sample
+
+    return sample(probs_BRX, seed_B, position_BR.contiguous(), stream, ids_BRX)
+
+
+def uniform(seed_B: torch.Tensor, position_BR: torch.Tensor, stream: int) -> torch.Tensor:
+    """Numbers in (0, 1) (`choice_kernel.uniform`)."""
+    from idlm.model.choice_kernel import uniform
+
+    return uniform(seed_B, position_BR.contiguous(), stream)
 
 
 def best_of_groups(logits_BRV: torch.Tensor, k: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import triton.language as tl
 from idlm.model.choice_kernel import first_best
 from idlm.model.cuda_head import Draw
 from idlm.model.noise_kernel import exponential, key_of
+from idlm.model.projection_kernel import Stream
 
 TOKENS, INPUTS = 16, 128
 
@@ -103,6 +104,81 @@ def draft(
         INPUTS=INPUTS,
     )
     return embedded_BH
+
+
+def begin_chain(
+    first_B: torch.Tensor, embedding_VH: torch.Tensor, norm_H: torch.Tensor, eps: float, places: int
+) -> tuple[torch.Tensor, Stream, torch.Tensor]:
+    """What the first place of a chain begins with.
+
+    Args:
+        first_B: the token before it, int64.
+        embedding_VH, norm_H, eps: as in `draft`.
+    Returns:
+        The embedding of ``first`` behind the norm, ``[B, H]``; a state of zeros, on its way into
+        whatever norm has this ``eps``; and ``finished_MB`` for all places.
+    """
+    B, H = len(first_B), embedding_VH.shape[1]
+    token_BH, state_BH, scaled_BH = embedding_VH.new_empty(3, B, H)
+    squares_B1 = torch.empty((B, 1), dtype=torch.float32, device=first_B.device)
+    finished_MB = torch.empty((places, B), dtype=torch.int32, device=first_B.device)
+    _begin_chain[(B,)](
+        first_B,
+        embedding_VH,
+        norm_H,
+        eps,
+        token_BH,
+        state_BH,
+        scaled_BH,
+        squares_B1,
+        finished_MB,
+        M=places,
+        H=H,
+        WIDTH=triton.next_power_of_2(H),
+        PLACES=triton.next_power_of_2(places),
+    )
+    return token_BH, Stream(state_BH, scaled_BH, squares_B1, eps), finished_MB
+
+
+@triton.jit
+def _copy_normed(  # type: ignore[no-untyped-def]
+    row_ptr, norm_ptr, eps, out_ptr, H: tl.constexpr, WIDTH: tl.constexpr
+):
+    """One row behind its norm."""
+    lane = tl.arange(0, WIDTH)
+    row = tl.load(row_ptr + lane, mask=lane < H, other=0.0).to(tl.float32)
+    scale = tl.load(norm_ptr + lane, mask=lane < H, other=0.0).to(tl.float32)
+    row = row * scale * (1.0 / tl.sqrt(tl.sum(row * row, 0) / H + eps))
+    tl.store(out_ptr + lane, row.to(out_ptr.dtype.element_ty), mask=lane < H)
+
+
+@triton.jit
+def _begin_chain(  # type: ignore[no-untyped-def]
+    first_ptr,
+    embedding_ptr,
+    norm_ptr,
+    eps,
+    token_ptr,
+    state_ptr,
+    scaled_ptr,
+    squares_ptr,
+    finished_ptr,
+    M: tl.constexpr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    """One request."""
+    b = tl.program_id(0)
+    first = tl.load(first_ptr + b)
+    _copy_normed(embedding_ptr + first * H, norm_ptr, eps, token_ptr + b * H, H, WIDTH)
+    lane, place = tl.arange(0, WIDTH), tl.arange(0, PLACES)
+    nothing = tl.zeros([WIDTH], token_ptr.dtype.element_ty)
+    tl.store(state_ptr + b * H + lane, nothing, mask=lane < H)
+    tl.store(scaled_ptr + b * H + lane, nothing, mask=lane < H)
+    tl.store(squares_ptr + b, 0.0)
+    unfinished = tl.zeros([PLACES], tl.int32)
+    tl.store(finished_ptr + place * tl.num_programs(0) + b, unfinished, mask=place < M)
 
 
 @triton.jit
@@ -221,8 +297,4 @@ def _draft(  # type: ignore[no-untyped-def]
             _, chosen = first_best(q / exponential(key, drawn), candidate, K - 1, 0)
         token = tl.load(ids_row_ptr + chosen)
         tl.store(tokens_ptr + b * M + place, token)
-        lane = tl.arange(0, WIDTH)
-        row = tl.load(embedding_ptr + token * H + lane, mask=lane < H, other=0.0).to(tl.float32)
-        scale = tl.load(norm_ptr + lane, mask=lane < H, other=0.0).to(tl.float32)
-        row = row * scale * (1.0 / tl.sqrt(tl.sum(row * row, 0) / H + eps))
-        tl.store(embedded_ptr + b * H + lane, row.to(embedded_ptr.dtype.element_ty), mask=lane < H)
+        _copy_normed(embedding_ptr + token * H, norm_ptr, eps, embedded_ptr + b * H, H, WIDTH)
