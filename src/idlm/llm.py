@@ -104,8 +104,7 @@ class LLM:
         max_batch: int = 32,
         kv_cache_tokens: int | None = None,
     ) -> None:
-        auto = stride == "auto"
-        rows = Layout.named("quadratic", 4) if auto else Layout.named(layout, stride)  # type: ignore[arg-type]
+        rows = _rows(layout, stride)
         check_rule(verification)
         self.device = _device(device)
         self.dtype = _dtype(dtype, self.device)
@@ -131,8 +130,9 @@ class LLM:
         self.tokenizer = Tokenizer.load(folder)
         self._max_batch = max_batch
         self._plans = plans(MOST_MASKS if loaded is None else loaded.config.block_size)
-        self._auto = auto and rows.num_masks > 0
-        longest = max(self._plans if self._auto else [rows], key=lambda x: x.num_rows)
+        chooses = stride == "auto" and rows.num_masks > 0
+        self._policy = Policy(self._plans) if chooses else None
+        longest = max(self._plans if chooses else [rows], key=lambda x: x.num_rows)
         self._method = Method(decoder, loaded, rows, verification)
         self._cache = KVCache(
             config,
@@ -154,6 +154,11 @@ class LLM:
         return self._method.layout
 
     @property
+    def auto(self) -> bool:
+        """Whether layout and stride are chosen for every forward."""
+        return self._policy is not None
+
+    @property
     def verification(self) -> str:
         """The rule by which drafts are tested."""
         return self._method.rule
@@ -172,10 +177,16 @@ class LLM:
         """The bare base model over the same weights, one token per forward."""
         return self._with(None, Layout.named("ar", 1), self.verification)
 
-    def with_layout(self, layout: str, stride: int, verification: str | None = None) -> LLM:
-        """The same model over the same weights in another layout (None: by the same rule)."""
+    def with_layout(self, layout: str, stride: int | str, verification: str | None = None) -> LLM:
+        """The same model over the same weights in another layout (None: by the same rule).
+
+        One that chooses its strides shares what this one knows of their cost.
+        """
         rule = self.verification if verification is None else check_rule(verification)
-        return self._with(self._method.adapter, Layout.named(layout, stride), rule)
+        other = self._with(self._method.adapter, _rows(layout, stride), rule)
+        if stride == "auto":
+            other._policy = self._policy or Policy(self._plans)
+        return other
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequestError` for a request that cannot be run."""
@@ -184,7 +195,7 @@ class LLM:
     def new_engine(self) -> Engine:
         """An engine over the same weights and cache, for a caller that steps it by itself.
 
-        On CUDA, one that chooses its strides has tried them when this returns.
+        On CUDA, the first one that chooses its strides has tried them when this returns.
         """
         engine = Engine(
             self._method,
@@ -192,9 +203,9 @@ class LLM:
             cache=self._cache,
             device=self.device,
             max_batch=self._max_batch,
-            policy=Policy(self._plans) if self._auto else None,
+            policy=self._policy,
         )
-        if self._auto and self.device.type == "cuda":
+        if self._policy and not self._policy.experienced and self.device.type == "cuda":
             engine.warm_up()
         return engine
 
@@ -258,7 +269,7 @@ class LLM:
         other.__dict__.pop("_engine", None)
         if adapter is None and self.config.mask_token_id is None and layout.num_masks > 0:
             raise InvalidRequestError("This model has no adapter; only layout 'ar' can be decoded.")
-        other._auto = False
+        other._policy = None
         other._method = Method(self._method.decoder, adapter, layout, rule)
         return other
 
@@ -370,6 +381,13 @@ def _each(
             f"{len(params)} sampling_params for {count} prompts; give one, or one each."
         )
     return list(params)
+
+
+def _rows(layout: str, stride: int | str) -> Layout:
+    """The rows of a forward; beside ``auto``, of those for which nothing is chosen."""
+    if stride == "auto":
+        return Layout.named("quadratic", 4)
+    return Layout.named(layout, stride)  # type: ignore[arg-type]  # which refuses other words
 
 
 def _adapter_folder(model: str | Path | None, adapter: str | Path | None) -> Path | None:

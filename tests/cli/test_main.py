@@ -41,7 +41,6 @@ def test_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "hi", "--max-tokens", "0"], "max_tokens"),
         (["generate", "hi", "--stride", "0"], "stride"),
         (["generate", "hi", "--stride", "17"], "stride"),
-        (["serve", "--stride", "auto"], "--stride"),
         (["generate", "hi", "--stop", ""], "stop"),
         (["generate", "hi", "--device", "toaster"], "toaster"),
         (["generate", "hi", "--model", "/nonexistent/model"], "/nonexistent/model"),

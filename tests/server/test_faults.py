@@ -325,7 +325,7 @@ def test_shutdown_finishes_what_it_can_and_ends_the_rest(tiny_llm: LLM) -> None:
 def test_sigterm_ends_the_command_with_its_streams(default_model_dir: object) -> None:
     command = [
         *(sys.executable, "-m", "idlm.cli.main", "serve", "--port", "0"),
-        *("--stride", "1", "--shutdown-timeout", "0"),
+        *("--stride", "auto", "--verification", "rejection", "--shutdown-timeout", "0"),
     ]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -351,6 +351,7 @@ def test_sigterm_ends_the_command_with_its_streams(default_model_dir: object) ->
         [entry] = [line for line in log if line.get("path") == "/v1/completions"]
         assert entry["error"] == "shutting_down" and entry["completion_tokens"] > 0
         assert "Once" not in json.dumps(log)
+        assert "--verification coupled" in log[0]["message"]  # seeds do not repeat a text
     finally:
         server.kill()
         server.wait()

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from idlm.server.limits import Limits
     from idlm.server.worker import Worker
 
+logger = logging.getLogger(__name__)
+
 KEY_VARIABLE = "IDLM_API_KEY"
 LAST_WORDS = 5  # seconds for streams to say that they end
 
@@ -32,7 +34,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "serve",
         help="serve a model over HTTP",
         description="Serve a model with OpenAI's API and a page to try it. Needs the extra "
-        "'server'. Logs are lines of JSON on stderr.",
+        "'server'. Logs are lines of JSON on stderr. With --stride auto, --verification is coupled "
+        "if it is not given.",
     )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
@@ -97,10 +100,9 @@ def run(args: argparse.Namespace) -> None:
         raise ResourceError(
             f"`idlm serve` needs {error.name}: pip install 'idlm[server]'."
         ) from error
-    if args.stride == "auto":
-        raise InvalidRequestError(
-            "`idlm serve` chooses no stride by itself yet; give --stride a number."
-        )
+    auto = args.stride == "auto"
+    if auto and args.verification is None:
+        args.verification = "coupled"  # a seed gives the same text again, whatever is chosen
     listener = _listen(args.host, args.port)
     llm = options.load_llm(args, max_batch=args.max_batch, kv_cache_tokens=args.kv_cache_tokens)
     name = args.name or model_name(args.model)
@@ -120,6 +122,11 @@ def run(args: argparse.Namespace) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"Serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
+    if auto and args.verification == "rejection":
+        logger.warning(
+            "With --stride auto and --verification rejection a seed does not give the same text "
+            "again; with --verification coupled it does."
+        )
     _run_until_signal(uvicorn.Server(config), listener, app.state.server.worker, args)
 
 

@@ -30,7 +30,7 @@ def plans(block_size: int) -> tuple[Layout, ...]:
 
 
 class Policy:
-    """Chooses among ``plans``, by what it was told.
+    """Chooses among ``plans``, by what it was told; engines of one model may share it.
 
     Attributes:
         chosen: how often each plan was chosen, by its name and stride (``quadratic:4``).
@@ -48,6 +48,11 @@ class Policy:
         places = max(plan.block_size for plan in self.plans)
         self._reached, self._accepted = [0.0] * places, [0.0] * places
         self._current: dict[int, tuple[Layout, int]] = {}
+
+    @property
+    def experienced(self) -> bool:
+        """Whether it was told of any forward's cost."""
+        return bool(self._tries)
 
     def choose(self, requests: int) -> Layout:
         """The plan of the next forward of so many requests."""

@@ -151,10 +151,9 @@ class Planner:
     def _chosen_method(self, body: GenerationBody) -> MethodKey:
         own = self._method
         stride = own.stride if body.stride is None else body.stride
-        layout = own.layout if own.layout != "ar" else "quadratic"
+        layout = "quadratic" if own.layout in ("ar", "auto") else own.layout
         rule = body.verification or own.verification
-        chosen = self._llm.with_layout(layout, stride, rule).layout  # or it says why not
-        return MethodKey(chosen.name, chosen.stride, rule)
+        return MethodKey.of(self._llm.with_layout(layout, stride, rule))  # or it says why not
 
 
 def _each_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

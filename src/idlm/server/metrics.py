@@ -148,3 +148,11 @@ class _Gauges(Collector):
             "Blocks of texts that had ended, given to others.",
             load.kv_evictions,
         )
+        plans = CounterMetricFamily(
+            "idlm_auto_forwards",
+            "Forward passes of batches, by the layout and stride chosen for them.",
+            labels=("layout", "stride"),
+        )
+        for plan, count in load.plans.items():
+            plans.add_metric(plan.split(":"), count)
+        yield plans

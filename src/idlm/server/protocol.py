@@ -344,8 +344,8 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str = "idlm"
     max_model_len: int
-    layout: str
-    stride: int
+    layout: str = Field(description="With the stride `auto`, both are chosen for every forward.")
+    stride: int | Literal["auto"]
     verification: str
 
 

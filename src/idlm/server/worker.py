@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 from idlm.decoding.params import SamplingParams
 from idlm.engine.engine import Engine
@@ -34,11 +35,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MethodKey:
-    """How a request wants to be decoded."""
+    """How a request wants to be decoded; layout and stride are ``auto`` together."""
 
     layout: str
-    stride: int
+    stride: int | Literal["auto"]
     verification: str
+
+    @classmethod
+    def of(cls, llm: LLM) -> MethodKey:
+        """How ``llm`` decodes."""
+        if llm.auto:
+            return cls("auto", "auto", llm.verification)
+        return cls(llm.layout.name, llm.layout.stride, llm.verification)
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,7 @@ class Load:
         kv_tokens, kv_capacity: tokens of the blocks that running requests hold, and of all blocks
             set aside for keys and values.
         kv_evictions: blocks of ended requests that were given to others, since the start.
+        plans: forwards for which layout and stride (``quadratic:4``) were chosen, since the start.
     """
 
     running: int
@@ -186,6 +195,7 @@ class Load:
     kv_tokens: int
     kv_capacity: int
     kv_evictions: int
+    plans: dict[str, int]
 
 
 class Worker:
@@ -199,7 +209,7 @@ class Worker:
 
     def __init__(self, llm: LLM, max_waiting: int, on_end: Callable[[Job], None]) -> None:
         self.llm, self.max_running, self.max_waiting = llm, llm.max_batch, max_waiting
-        self.method = MethodKey(llm.layout.name, llm.layout.stride, llm.verification)
+        self.method = MethodKey.of(llm)
         self.step_failures = 0
         self._on_end = on_end
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -271,15 +281,16 @@ class Worker:
         """How busy the worker is; a snapshot."""
         lanes = list(self._lanes)
         jobs = [job for lane in lanes for job in list(lane.jobs)]
-        cache = lanes[0].engine.stats  # all lanes share it
+        stats = lanes[0].engine.stats  # all lanes share cache and policy
         with self._live_lock:
             live = self._live
         return Load(
             running=len(jobs),
             waiting=max(live - len(jobs), 0),
-            kv_tokens=cache.kv_tokens,
-            kv_capacity=cache.kv_capacity,
-            kv_evictions=cache.evictions,
+            kv_tokens=stats.kv_tokens,
+            kv_capacity=stats.kv_capacity,
+            kv_evictions=stats.evictions,
+            plans=stats.plans,
         )
 
     # What follows runs on the worker's thread.

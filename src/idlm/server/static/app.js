@@ -30,11 +30,15 @@ function showSettings(shown) {
   settingsButton.setAttribute("aria-expanded", String(shown));
 }
 
+function how({ layout, stride }) {
+  return stride === "auto" ? "layout and stride chosen by cost" : `layout ${layout}, stride ${stride}`;
+}
+
 async function connect() {
   const line = document.getElementById("model");
   try {
     model = await servedModel(fields.key.value);
-    line.textContent = `${model.id}, layout ${model.layout}, stride ${model.stride}`;
+    line.textContent = `${model.id}, ${how(model)}`;
     fields.stride.placeholder = model.stride;
     fields.verification.value = model.verification;
   } catch (error) {

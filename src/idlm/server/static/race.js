@@ -56,7 +56,8 @@ export class Race {
       this.#say("This server decodes one token per forward; a race needs an adapter and a stride above 1.", "differs");
       return;
     }
-    document.getElementById("idlm-how").textContent = `up to ${stride} tokens per forward`;
+    const most = stride === "auto" ? "as many tokens per forward as pay" : `up to ${stride} tokens per forward`;
+    document.getElementById("idlm-how").textContent = most;
     const prompt = this.form.elements.prompt.value;
     // The coupled rule makes the texts the same at any temperature.
     const body = { ...fields, verification: "coupled", messages: [{ role: "user", content: prompt }] };
@@ -65,7 +66,7 @@ export class Race {
     this.#say("Running …", "");
     let atFirstFinish = null;
     const runs = this.runners.map((runner, lane) =>
-      runner.run({ ...body, stride: lane === 0 ? 1 : stride }, key, racing.signal).then(() => {
+      runner.run({ ...body, stride: lane === 0 ? 1 : chosen }, key, racing.signal).then(() => {
         atFirstFinish ??= this.runners.map((other) => other.tokens.length);
       }),
     );
