@@ -45,6 +45,7 @@ class RequestOutput:
         finish_reason: ``stop`` (end token or stop string), ``length``, or ``error``: its forward
             failed, and what there is of it is not all.
         logprobs: per token a dict of token id to `Logprob`; None if not asked for.
+        prompt_logprobs: the same for the tokens of the prompt, of which the first has None.
         sources: per token how it came to be: sampled, draft or correction.
         error: what failed, with the finish reason ``error``.
     """
@@ -58,6 +59,7 @@ class RequestOutput:
     sources: list[Source]
     stats: DecodeStats
     error: Exception | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,7 @@ def _output(prompt: str | None, request: Request) -> RequestOutput:
         sources=request.sources,
         stats=request.stats,
         error=request.error,
+        prompt_logprobs=None if request.params.prompt_logprobs is None else request.prompt_logprobs,
     )
 
 

@@ -164,8 +164,59 @@ def test_completion_logprobs_and_echo(client: openai.OpenAI) -> None:
         model=NAME, prompt=PROMPT, temperature=0, max_tokens=6, echo=True
     )
     assert echoed.choices[0].text == PROMPT + completion.choices[0].text
-    with pytest.raises(openai.BadRequestError, match="echo together with logprobs"):
-        client.completions.create(model=NAME, prompt=PROMPT, echo=True, logprobs=1)
+    scored = client.completions.create(
+        model=NAME, prompt=PROMPT, temperature=0, max_tokens=6, echo=True, logprobs=2
+    )
+    assert scored.choices[0].text == echoed.choices[0].text
+    both, start = scored.choices[0].logprobs, len(PROMPT)
+    assert both is not None and both.text_offset is not None and both.tokens is not None
+    count = len(both.tokens) - len(logprobs.tokens)
+    assert both.tokens[count:] == logprobs.tokens and "".join(both.tokens[:count]) == PROMPT
+    assert both.token_logprobs is not None
+    assert both.token_logprobs[count:] == pytest.approx(logprobs.token_logprobs)
+    assert both.text_offset[count:] == [start + offset for offset in logprobs.text_offset]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored_and_no_more(
+    client: openai.OpenAI, default_llm: LLM, stream: bool
+) -> None:
+    """As programs do that compare the likelihoods of texts: one call, nothing generated."""
+    scoring = SamplingParams(max_tokens=0, prompt_logprobs=1)
+    prompts = ["The café is in 東京 🗼.", "<|im_start|>user\nHi", "1"]
+    arguments: dict[str, Any] = dict(
+        model=NAME, prompt=prompts, max_tokens=0, echo=True, logprobs=1, temperature=0
+    )
+    if stream:
+        chunks = client.completions.create(**arguments, stream=True)
+        choices = [chunk.choices[0] for chunk in chunks]
+    else:
+        answer = client.completions.create(**arguments)
+        choices = answer.choices
+        assert answer.usage is not None and answer.usage.completion_tokens == 0
+    assert sorted(choice.index for choice in choices) == [0, 1, 2]
+    for choice in choices:
+        prompt, entry = prompts[choice.index], choice.logprobs
+        assert choice.text == prompt and choice.finish_reason == "length" and entry is not None
+        ids = default_llm.tokenizer.encode(prompt)
+        assert entry.tokens == [default_llm.tokenizer.token_text(token) for token in ids]
+        assert entry.token_logprobs is not None and entry.top_logprobs is not None
+        assert entry.token_logprobs[0] is None and entry.top_logprobs[0] is None
+        expected = default_llm.generate([ids], scoring)[0].prompt_logprobs
+        assert expected is not None
+        for place, token in enumerate(ids[1:], start=1):
+            known = expected[place]
+            assert known is not None
+            assert entry.token_logprobs[place] == pytest.approx(known[token].logprob)
+            [(best, value)] = entry.top_logprobs[place].items()
+            assert value == pytest.approx(max(e.logprob for e in known.values()))
+            assert best in {e.decoded_token for e in known.values()}
+        assert entry.text_offset is not None
+        ends = [*entry.text_offset[1:], len(prompt)]
+        pieces = [prompt[a:b] for a, b in zip(entry.text_offset, ends, strict=True)]
+        assert "".join(pieces) == prompt
+        whole = [p == t for p, t in zip(pieces, entry.tokens, strict=True) if "\ufffd" not in t]
+        assert all(whole)
 
 
 def test_many_prompts_and_token_ids(client: openai.OpenAI, default_llm: LLM) -> None:

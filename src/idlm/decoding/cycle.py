@@ -209,10 +209,14 @@ def cache(
     table_BP: torch.Tensor,
     tokens_BC: torch.Tensor,
     start_B: torch.Tensor,
-) -> None:
-    """Cache keys and values of the tokens (int64) at positions ``start`` (int64) and after."""
+) -> torch.Tensor:
+    """Cache keys and values of the tokens (int64) at positions ``start`` (int64) and after.
+
+    Returns:
+        Their final hidden states, ``[B, C, H]``; see `logits`.
+    """
     count_B = torch.full_like(start_B, tokens_BC.shape[1])
-    _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, 0)
+    return _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, 0)
 
 
 def _causal(
@@ -264,7 +268,7 @@ def _conclude(
     # The output layer is read once for all rows where that is cheaper than reading it again for
     # the one block that is used.
     at_once = num_masks == M or B * R <= ONE_PASS_ROWS
-    logits_BRV = _logits(method, hidden_BRH if at_once else hidden_BRH[:, :N])
+    logits_BRV = logits(method, hidden_BRH if at_once else hidden_BRH[:, :N])
     logits_BNV = logits_BRV[:, :N]
     verdict = verify(method.rule, logits_BNV, drafts, state.length_B + 1, sampling)
     settled = settle(verdict, drafts, state.length_B, block_after_NN, R, M)
@@ -283,7 +287,7 @@ def _conclude(
             method.decoder,
             method.adapter,
             block_BMH,
-            used(logits_BRV) if at_once else _logits(method, block_BMH),
+            used(logits_BRV) if at_once else logits(method, block_BMH),
             verdict.next_B,
             settled.length_B,
             settled.proposed_B,
@@ -294,8 +298,8 @@ def _conclude(
     return Outcome(settled.packed_BX, tokens_BN, verdict, logits_BNV, state, R)
 
 
-def _logits(method: Method, hidden_BRH: torch.Tensor) -> torch.Tensor:
-    """The output layer; the mask token of a fully converted model is never sampled."""
+def logits(method: Method, hidden_BRH: torch.Tensor) -> torch.Tensor:
+    """``[B, R, V]``; the mask token of a fully converted model is never sampled."""
     logits_BRV = method.decoder.logits(hidden_BRH)
     if (mask := method.decoder.config.mask_token_id) is not None:
         logits_BRV[..., mask] = float("-inf")

@@ -30,9 +30,11 @@ class SamplingParams:
         stop: strings that end the text; they are not part of it.
         stop_token_ids: token ids that end the text, besides the model's own end tokens.
         ignore_eos: go on past the model's own end tokens.
-        max_tokens: tokens to generate at most; None: up to the end of the context.
+        max_tokens: tokens to generate at most; None: up to the end of the context; 0, with
+            ``prompt_logprobs`` only: none.
         logprobs: return the log-probabilities of the chosen token and of this many likeliest
             ones, under the model's own distribution (before any of the above); None: none.
+        prompt_logprobs: the same for the tokens of the prompt; the first one has none.
         json_schema: the text is JSON of this schema, in the form of `json.dumps`.
         regex: the text as a whole matches this regular expression.
     """
@@ -51,6 +53,7 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int | None = 16
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     json_schema: Mapping[str, Any] | None = None
     regex: str | None = None
 
@@ -65,9 +68,10 @@ class SamplingParams:
         if self.seed is not None:
             self._integer("seed", -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
-            self._integer("max_tokens", 1, math.inf)
-        if self.logprobs is not None:
-            self._integer("logprobs", 0, 100)
+            self._integer("max_tokens", 1 if self.prompt_logprobs is None else 0, math.inf)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._integer(name, 0, 100)
         for token, bias in (self.logit_bias or {}).items():
             if isinstance(token, bool) or not isinstance(token, int) or not -100 <= bias <= 100:
                 raise InvalidRequestError(

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from idlm.decoding.cycle import State
+from idlm.engine.logprobs import logprobs_of
 from idlm.engine.request import Logprob, Request, Source
 from idlm.model.tokenizer import Tokenizer
 
@@ -80,21 +81,9 @@ class Commit:
         if top is None:
             return None
         assert self._launch.logits_BNV is not None
-        logprobs_NV = self._launch.logits_BNV[row, :count].float().log_softmax(-1)
-        chosen_N1 = self._launch.packed_BX[row, :count, None]
-        ranks_N1 = (logprobs_NV > logprobs_NV.gather(1, chosen_N1)).sum(-1, keepdim=True) + 1
-        best_NT = logprobs_NV.topk(top, dim=-1).indices
-        ids_NX = torch.cat((chosen_N1, best_NT), dim=1)
-        places = torch.arange(1, top + 1, device=ids_NX.device).expand_as(best_NT)
-        ranks_NX = torch.cat((ranks_N1, places), dim=1)
-        rows = zip(
-            ids_NX.tolist(), logprobs_NV.gather(1, ids_NX).tolist(), ranks_NX.tolist(), strict=True
+        return logprobs_of(
+            self._launch.logits_BNV[row, :count],
+            self._launch.packed_BX[row, :count],
+            top,
+            tokenizer,
         )
-        # Reversed, so that the chosen token's own entry (its true rank) comes last and stays.
-        return [
-            {
-                token: Logprob(logprob, rank, tokenizer.token_text(token))
-                for token, logprob, rank in reversed(list(zip(*entry, strict=True)))
-            }
-            for entry in rows
-        ]

@@ -112,7 +112,8 @@ class Engine:
             self._grammars.start(params),
             priority,
         )
-        self._scheduler.add(request)
+        if not request.finished:
+            self._scheduler.add(request)
         return request
 
     def warm_up(self) -> None:
@@ -257,7 +258,9 @@ class Engine:
         whole: list[Request] = []
         left = self.chunk
         while left > 0 and (request := self._scheduler.prefilling):
-            end = min(request.cached + left, request.prefill_end)
+            # What follows a prompt's last token is not part of it: that row is for decoding.
+            last = len(request.prompt_token_ids) - 1 if request.scoring else request.prefill_end
+            end = min(request.cached + left, last)
             left -= end - request.cached
             moved.append(request)
             if end == request.prefill_end:
@@ -267,14 +270,24 @@ class Engine:
                     self._scheduler.admit()
                     continue
             try:
-                self._runner.cache(request, end)
-                self._keep(request, end)
+                self._cache(request, end)
             except Exception as error:
                 self._blame(request, error)
             self._scheduler.admit()
         for group in self._groups(whole):
             self._prefill(group)
         return moved
+
+    def _cache(self, request: Request, end: int) -> None:
+        """Run the text of ``request`` before ``end``, and score it if that is wanted."""
+        if request.scoring:
+            first = request.cached + 1
+            request.score(first, self._runner.score(request, end, self.tokenizer))
+        else:
+            self._runner.cache(request, end)
+        self._keep(request, end)
+        if request.finished:
+            self._scheduler.remove(request)
 
     def _groups(self, requests: Sequence[Request]) -> list[list[Request]]:
         """Prompts that share a forward: those of like length, if forwards are launched ahead."""

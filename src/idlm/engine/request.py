@@ -58,6 +58,7 @@ class Request:
     """A prompt, its parameters and all that has come of it so far.
 
     Attributes:
+        prompt_logprobs: as far as they are known, if they were asked for; None for the first token.
         priority: lower ones run first.
         error: what ended it, if its finish reason is ``error``.
         started: `time.perf_counter` at its first admission; 0: not yet.
@@ -82,6 +83,7 @@ class Request:
     token_ids: list[int] = field(default_factory=list)
     sources: list[Source] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
     error: Exception | None = None
@@ -116,7 +118,7 @@ class Request:
         """A waiting request; ``context`` is the longest prompt and output together."""
         room = context - len(prompt_token_ids)
         own_stops = frozenset(params.stop_token_ids or ())
-        return cls(
+        request = cls(
             id=id,
             prompt_token_ids=prompt_token_ids,
             params=params,
@@ -127,11 +129,20 @@ class Request:
             grammar=grammar,
             priority=priority,
         )
+        if params.prompt_logprobs is not None:
+            request.score(0, [None])
+        return request
 
     @property
     def finished(self) -> bool:
         """Whether no more tokens will come."""
         return self.phase is Phase.FINISHED
+
+    @property
+    def scoring(self) -> bool:
+        """Whether the logits of its prompt are still wanted, all of which have to be computed."""
+        wanted = self.params.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < len(self.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -150,6 +161,15 @@ class Request:
             self.prompt_token_ids[start:stop]
             + self.token_ids[max(start - prompt, 0) : max(stop - prompt, 0)]
         )
+
+    def score(self, first: int, entries: Sequence[dict[int, Logprob] | None]) -> None:
+        """Take the log-probabilities of the prompt's tokens from ``first`` on.
+
+        One that wants no tokens is finished by the last of them.
+        """
+        self.prompt_logprobs[first:] = entries
+        if self.max_tokens == 0 and not self.scoring:
+            self._end(FinishReason.LENGTH)
 
     @property
     def text(self) -> str:

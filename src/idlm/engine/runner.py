@@ -16,10 +16,14 @@ from idlm.engine.commit import Launch
 from idlm.engine.grammar import Grammars
 from idlm.engine.graphs import CaptureError, Graphs, text_size
 from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
-from idlm.engine.request import Request
+from idlm.engine.logprobs import logprobs_of
+from idlm.engine.request import Logprob, Request
+from idlm.model.tokenizer import Tokenizer
 from idlm.model.transfer import upload
 
 logger = logging.getLogger(__name__)
+
+SCORED_ROWS = 64  # of a prompt at once: logits of whole chunks would take much memory
 
 
 class Runner:
@@ -107,9 +111,9 @@ class Runner:
         """Whether a batch may have rows of requests that have given their blocks back."""
         return self._graphs is not None and not any(_by_hand(r) for r in requests)
 
-    def cache(self, request: Request, end: int) -> None:
-        """Cache the tokens before ``end`` that are not cached yet."""
-        cycle.cache(
+    def cache(self, request: Request, end: int) -> torch.Tensor:
+        """Cache the tokens before ``end`` that are not cached yet; their final hidden states."""
+        return cycle.cache(
             self.method,
             self._cache.k_LNKTD,
             self._cache.v_LNKTD,
@@ -117,6 +121,21 @@ class Runner:
             upload([request.tokens(request.cached, end)], self.device),
             upload([request.cached], self.device),
         )
+
+    def score(self, request: Request, end: int, tokenizer: Tokenizer) -> list[dict[int, Logprob]]:
+        """`cache`, and the log-probabilities of the prompt's tokens that follow one of those."""
+        top, tokens = request.params.prompt_logprobs, request.tokens(request.cached + 1, end + 1)
+        assert top is not None and len(tokens) == end - request.cached
+        hidden_1CH, tokens_C = self.cache(request, end), upload(tokens, self.device)
+        return [
+            entry
+            for hidden_1NH, tokens_N in zip(
+                hidden_1CH.split(SCORED_ROWS, dim=1), tokens_C.split(SCORED_ROWS), strict=True
+            )
+            for entry in logprobs_of(
+                cycle.logits(self.method, hidden_1NH)[0], tokens_N, top, tokenizer
+            )
+        ]
 
     def sampling(self, requests: Sequence[Request]) -> Sampling:
         """The sampling parameters of ``requests`` and what their penalties count, now."""

@@ -88,9 +88,8 @@ class Scheduler:
         """Give ``request`` its blocks, those of others that are the same first."""
         pool, lease = self.pool, request.lease
         # The last token's row is computed in any case: what follows it is wanted.
-        request.cached = pool.share(
-            lease, request.tokens, (request.num_tokens - 1) // pool.block_tokens
-        )
+        most = 0 if request.scoring else (request.num_tokens - 1) // pool.block_tokens
+        request.cached = pool.share(lease, request.tokens, most)
         # Those that run will need a block each before long.
         if pool.grow(lease, request.num_tokens + self.num_rows, spare=len(self.running)):
             return True

@@ -77,13 +77,14 @@ class Tokenizer:
         """
         return list(self._encode(text, add_special_tokens).ids)
 
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of ``text``, unframed, and for each the index of the character it ends before.
+    def encode_with_ends(
+        self, text: str, add_special_tokens: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of ``text``, and for each the index of the character it ends before.
 
-        Raises:
-            InvalidRequestError: as `encode`.
+        Args and errors as `encode`; tokens that frame the text end at 0.
         """
-        encoding = self._encode(text, add_special_tokens=False)
+        encoding = self._encode(text, add_special_tokens)
         return list(encoding.ids), [end for _, end in encoding.offsets]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from idlm.decoding.params import SamplingParams
 from idlm.llm import LLM
+from idlm.model.tokenizer import Detokenizer
 from idlm.server.errors import ApiError
 from idlm.server.limits import Limits
 from idlm.server.protocol import (
@@ -27,10 +29,11 @@ COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt; ``text`` is for ``echo``."""
+    """A prompt; for ``echo`` also its text, and at which character of that each token begins."""
 
     token_ids: list[int]
     text: str = ""
+    offsets: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,11 @@ class Planner:
         self.check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
-        limit = body.max_completion_tokens or body.max_tokens
-        params = self._params(body, limit, (body.top_logprobs or 0) if body.logprobs else None)
+        params = self._params(
+            body,
+            body.max_completion_tokens or body.max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
         messages = [
             {"role": "system" if m.role == "developer" else m.role, "content": m.text}
             for m in body.messages
@@ -66,12 +72,13 @@ class Planner:
     def completion(self, body: CompletionBody) -> Plan:
         """The plan for plain prompts."""
         self.check_model(body.model)
-        if body.echo and body.logprobs is not None:
-            raise ApiError(
-                400, "echo together with logprobs is not supported; leave one out.", param="echo"
-            )
         limit = min(COMPLETION_TOKENS, self._limits.max_output_tokens or COMPLETION_TOKENS)
-        params = self._params(body, body.max_tokens or limit, body.logprobs)
+        params = self._params(
+            body,
+            limit if body.max_tokens is None else body.max_tokens,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
         prompts = [self._prompt(p, bool(body.echo)) for p in _each_prompt(body.prompt)]
         return self._plan(body, prompts, params, "prompt")
 
@@ -88,11 +95,16 @@ class Planner:
     def _prompt(self, prompt: str | list[int], echo: bool) -> Prompt:
         tokenizer = self._llm.tokenizer
         if isinstance(prompt, str):
-            return Prompt(tokenizer.encode(prompt), prompt)
-        return Prompt(prompt, tokenizer.decode(prompt) if echo else "")
+            ids, ends = tokenizer.encode_with_ends(prompt, add_special_tokens=True)
+            return Prompt(ids, prompt, _starts(ends))
+        if not echo:
+            return Prompt(prompt)
+        detokenizer = Detokenizer(tokenizer)
+        ends = list(accumulate(len(detokenizer.push(token)) for token in prompt))
+        return Prompt(prompt, tokenizer.decode(prompt), _starts(ends))
 
     def _params(
-        self, body: GenerationBody, max_tokens: int | None, logprobs: int | None
+        self, body: GenerationBody, max_tokens: int | None, **logprobs: int | None
     ) -> SamplingParams:
         limit = self._limits.max_output_tokens
         context = self._llm.config.max_position_embeddings
@@ -121,7 +133,9 @@ class Planner:
             "regex": body.guided_regex,
         }
         params = {name: value for name, value in given.items() if value is not None}
-        return SamplingParams(max_tokens=max_tokens or most, logprobs=logprobs, **params)
+        return SamplingParams(
+            max_tokens=most if max_tokens is None else max_tokens, **logprobs, **params
+        )
 
     def _plan(
         self, body: GenerationBody, prompts: list[Prompt], params: SamplingParams, param: str
@@ -164,6 +178,11 @@ def _each_prompt(prompt: str | list[str] | list[int] | list[list[int]]) -> list[
     if isinstance(prompt[0], int):
         return [prompt]
     return list(prompt)
+
+
+def _starts(ends: list[int]) -> list[int]:
+    """Where each token's piece of a text begins: where that of the one before it ended."""
+    return [0, *accumulate(ends[:-1], max)][: len(ends)]
 
 
 def _schema(format: ResponseFormat | None) -> dict[str, Any] | None:

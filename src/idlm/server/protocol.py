@@ -16,7 +16,7 @@ from idlm.decoding.layout import MAX_STRIDE
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Finish = Literal["stop", "length"]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Body(BaseModel):
@@ -170,7 +170,10 @@ class CompletionBody(GenerationBody):
         description="Text or token ids; one prompt or several."
     )
     echo: bool | None = Field(None, description="Begin the text with the prompt.")
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: int | None = Field(None, ge=0, le=20, description="With echo, of the prompt too.")
+    max_tokens: int | None = Field(
+        None, ge=0, description="0 is for echo with logprobs: the prompt is scored, no more."
+    )
     # Not supported.
     suffix: Literal[""] | None = None
     best_of: None = None

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 import idlm
 from idlm.engine.request import FinishReason, Logprob
 from idlm.model.tokenizer import Tokenizer
-from idlm.server.generation import Generation
+from idlm.server.generation import Generation, Prompt
 from idlm.server.protocol import (
     Answer,
     ChatChoice,
@@ -206,7 +206,7 @@ class ChatReplies(Replies):
                     logprob=entry.logprob,
                     bytes=self._bytes(id_, entry.decoded_token),
                 )
-                for id_, entry in _best(token, top)
+                for id_, entry in _best(token.logprobs, top)
             ],
         )
 
@@ -219,10 +219,16 @@ class CompletionReplies(Replies):
     def __init__(self, body: CompletionBody, model: str, tokenizer: Tokenizer) -> None:
         super().__init__(body, model, tokenizer)
         self._top, self._echo = body.logprobs, bool(body.echo)
+        self._prompt_logprobs: dict[int, Sequence[dict[int, Logprob] | None]] = {}
 
     @property
     def logprobs(self) -> bool:
         return self._top is not None
+
+    def part(self, update: Update) -> Part:
+        if update.prompt_logprobs:
+            self._prompt_logprobs[update.job.index] = update.prompt_logprobs
+        return super().part(update)
 
     def whole(self, parts: Sequence[Part], generation: Generation) -> Completion:
         choices = [self._choice(part, generation) for part in parts]
@@ -238,31 +244,41 @@ class CompletionReplies(Replies):
         return Completion(**self._head, object="text_completion", choices=choices, usage=usage)
 
     def _choice(self, part: Part, generation: Generation) -> CompletionChoice:
-        prompt = generation.plan.prompts[part.index // generation.plan.n].text
+        prompt = generation.plan.prompts[part.index // generation.plan.n]
+        echoing = self._echo and self._first(part)
         return CompletionChoice(
             index=part.index,
-            text=(prompt if self._echo and self._first(part) else "") + part.text,
-            logprobs=self._logprobs_of(part),
+            text=(prompt.text if echoing else "") + part.text,
+            logprobs=self._logprobs_of(part, prompt, echoing),
             finish_reason=part.finish_reason,
             details=self._details_of(part),
         )
 
-    def _logprobs_of(self, part: Part) -> CompletionLogprobs | None:
+    def _logprobs_of(self, part: Part, prompt: Prompt, echoing: bool) -> CompletionLogprobs | None:
         if self._top is None:
             return None
-        own = [token.logprobs[token.id] for token in part.tokens]
-        top = [
-            {entry.decoded_token: entry.logprob for _, entry in _best(token, self._top)}
-            for token in part.tokens
-        ]
+        start = len(prompt.text) if self._echo else 0
+        ids = [token.id for token in part.tokens]
+        logprobs: list[dict[int, Logprob] | None] = [token.logprobs for token in part.tokens]
+        offsets = [start + token.offset for token in part.tokens]
+        if echoing:
+            ids = prompt.token_ids + ids
+            logprobs = [*self._prompt_logprobs.pop(part.index), *logprobs]
+            offsets = prompt.offsets + offsets
+        top = [None if e is None else _by_text(_best(e, self._top)) for e in logprobs]
+        places = list(zip(ids, logprobs, strict=True))
         return CompletionLogprobs(
-            tokens=[entry.decoded_token for entry in own],
-            token_logprobs=[entry.logprob for entry in own],
-            top_logprobs=list(top) if self._top else None,
-            text_offset=[token.offset for token in part.tokens],
+            tokens=[self._tokenizer.token_text(id_) for id_ in ids],
+            token_logprobs=[None if e is None else e[id_].logprob for id_, e in places],
+            top_logprobs=top if self._top else None,
+            text_offset=offsets,
         )
 
 
-def _best(token: Token, count: int) -> list[tuple[int, Logprob]]:
-    """The ``count`` likeliest tokens at the place of ``token``, likeliest first."""
-    return sorted(token.logprobs.items(), key=lambda item: item[1].rank)[:count]
+def _by_text(entries: list[tuple[int, Logprob]]) -> dict[str, float]:
+    return {entry.decoded_token: entry.logprob for _, entry in entries}
+
+
+def _best(logprobs: dict[int, Logprob], count: int) -> list[tuple[int, Logprob]]:
+    """The ``count`` likeliest tokens of a place, likeliest first."""
+    return sorted(logprobs.items(), key=lambda item: item[1].rank)[:count]

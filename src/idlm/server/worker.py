@@ -63,21 +63,27 @@ class Progress:
     def of(cls, request: Request) -> Progress:
         """The counts now."""
         stats = request.stats
-        places = range(1, max(stats.reached_at, default=0) + 1)
+        accepted_at, reached_at = stats.accepted_at, stats.reached_at
+        places = sorted(reached_at)
         return cls(
             len(request.token_ids),
             stats.forwards,
-            [stats.accepted_at[j] for j in places],
-            [stats.reached_at[j] for j in places],
+            [accepted_at[j] for j in places],
+            [reached_at[j] for j in places],
             time.perf_counter() - request.started,
         )
 
 
 @dataclass(frozen=True)
 class Update:
-    """What is new of a job; the last one has a finish reason or an error."""
+    """What is new of a job; the last one has a finish reason or an error.
+
+    Attributes:
+        prompt_logprobs: all of them, in the first one.
+    """
 
     job: Job
+    prompt_logprobs: Sequence[dict[int, Logprob] | None] = ()
     text: str = ""
     token_ids: Sequence[int] = ()
     sources: Sequence[Source] = ()
@@ -156,6 +162,7 @@ class Job:
         new = slice(done, len(request.token_ids))
         update = Update(
             self,
+            () if done else request.prompt_logprobs,
             request.text[self.sent_characters :],
             request.token_ids[new],
             request.sources[new],
