@@ -104,7 +104,12 @@ class Planner:
         return Prompt(prompt, tokenizer.decode(prompt), _starts(ends))
 
     def _params(
-        self, body: GenerationBody, max_tokens: int | None, **logprobs: int | None
+        self,
+        body: GenerationBody,
+        max_tokens: int | None,
+        *,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         limit = self._limits.max_output_tokens
         context = self._llm.config.max_position_embeddings
@@ -134,7 +139,10 @@ class Planner:
         }
         params = {name: value for name, value in given.items() if value is not None}
         return SamplingParams(
-            max_tokens=most if max_tokens is None else max_tokens, **logprobs, **params
+            max_tokens=most if max_tokens is None else max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            **params,
         )
 
     def _plan(
