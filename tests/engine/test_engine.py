@@ -9,6 +9,7 @@ import pytest
 from idlm import LLM, SamplingParams
 from idlm.engine.request import Source
 from idlm.errors import InvalidRequestError
+from idlm.llm import RequestOutput
 from tests.support.tiny import tiny_model
 
 CHAT = [{"role": "user", "content": "Name three colours and say one thing about each."}]
@@ -17,7 +18,15 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 @pytest.fixture(scope="module")
 def llm(default_model_dir: object) -> LLM:
-    return LLM(dtype="float32")
+    """The default model, most of whose drafts are good."""
+    return LLM()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """A random model, whose drafts rarely are; two requests run at once."""
+    folder = tiny_model(tmp_path_factory.mktemp("tiny"), mask_token_id=7)
+    return LLM(folder, dtype="float32", max_batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +34,13 @@ def ids(llm: LLM) -> list[int]:
     return llm.tokenizer.apply_chat_template(CHAT)
 
 
-def test_requests_of_different_length_join_and_leave(llm: LLM) -> None:
+@pytest.fixture(scope="module")
+def whole(llm: LLM, ids: list[int]) -> RequestOutput:
+    """The answer, undisturbed."""
+    return llm.generate(ids, GREEDY)[0]
+
+
+def test_requests_of_different_length_join_and_leave(tiny: LLM) -> None:
     """The same outputs as one by one, whatever joins or leaves the batch in between."""
     prompts = ["The sky is", "Once upon a time", "def add(a, b):", "1, 2, 3,", "Dear Sir,"]
     params = [
@@ -34,15 +49,15 @@ def test_requests_of_different_length_join_and_leave(llm: LLM) -> None:
             [(0, 30, 1.0), (1, 5, 0.9), (0.7, 17, 1.0), (1, 1, 1.0), (0, 12, 1.0)]
         )
     ]
-    engine_wide = LLM(dtype="float32", max_batch=2)
-    together = engine_wide.generate(prompts, params)
-    alone = [llm.generate(p, q)[0] for p, q in zip(prompts, params, strict=True)]
+    together = tiny.generate(prompts, params)
+    alone = [tiny.generate(p, q)[0] for p, q in zip(prompts, params, strict=True)]
     assert [o.token_ids for o in together] == [o.token_ids for o in alone]
     assert [len(o.token_ids) for o in together] == [30, 5, 17, 1, 12]
+    assert any(o.stats.accepted for o in together)
 
 
-def test_stats_add_up(llm: LLM, ids: list[int]) -> None:
-    stats = llm.generate(ids, GREEDY)[0].stats
+def test_stats_add_up(whole: RequestOutput) -> None:
+    stats = whole.stats
     assert stats.tokens == 24
     assert stats.verify + stats.reject + stats.cold == stats.forwards
     assert stats.cold == 1  # prefill only: the quadratic layout is never cold
@@ -57,16 +72,16 @@ def test_linear_layout_is_cold_after_a_rejection(llm: LLM, ids: list[int]) -> No
         assert stats.rows == 7 * (stats.forwards - stats.cold) + 4 * stats.cold
 
 
-def test_sources_name_what_each_token_was(llm: LLM, ids: list[int]) -> None:
-    output = llm.generate(ids, GREEDY)[0]
-    assert len(output.sources) == len(output.token_ids)
-    assert output.sources[0] == "sampled"
-    assert set(output.sources) <= {"sampled", "draft", "correction"}
-    assert output.sources.count(Source.DRAFT) <= output.stats.accepted
+def test_sources_name_what_each_token_was(whole: RequestOutput) -> None:
+    assert len(whole.sources) == len(whole.token_ids)
+    assert whole.sources[0] == "sampled"
+    assert set(whole.sources) <= {"sampled", "draft", "correction"}
+    assert 0 < whole.sources.count(Source.DRAFT) <= whole.stats.accepted
 
 
-def test_stop_string_ends_the_text_before_it(llm: LLM, ids: list[int]) -> None:
-    whole = llm.generate(ids, GREEDY)[0]
+def test_stop_string_ends_the_text_before_it(
+    llm: LLM, ids: list[int], whole: RequestOutput
+) -> None:
     stop = whole.text[10:14]
     cut = llm.generate(ids, SamplingParams(temperature=0, max_tokens=24, stop=stop))[0]
     assert cut.text == whole.text[: whole.text.index(stop)]
@@ -74,8 +89,9 @@ def test_stop_string_ends_the_text_before_it(llm: LLM, ids: list[int]) -> None:
     assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
 
 
-def test_stop_string_over_token_borders_never_shows_in_a_stream(llm: LLM, ids: list[int]) -> None:
-    whole = llm.generate(ids, GREEDY)[0]
+def test_stop_string_over_token_borders_never_shows_in_a_stream(
+    llm: LLM, ids: list[int], whole: RequestOutput
+) -> None:
     for start in (3, 8, 15):
         stop = whole.text[start : start + 9]
         params = SamplingParams(temperature=0, max_tokens=24, stop=[stop, "never comes"])
@@ -83,8 +99,7 @@ def test_stop_string_over_token_borders_never_shows_in_a_stream(llm: LLM, ids: l
         assert streamed == whole.text[: whole.text.index(stop)]
 
 
-def test_stop_token_ids_and_ignore_eos(llm: LLM, ids: list[int]) -> None:
-    whole = llm.generate(ids, GREEDY)[0]
+def test_stop_token_ids_and_ignore_eos(llm: LLM, ids: list[int], whole: RequestOutput) -> None:
     token = whole.token_ids[6]
     first = whole.token_ids.index(token)
     cut = llm.generate(ids, SamplingParams(temperature=0, max_tokens=24, stop_token_ids=[token]))[0]
@@ -118,8 +133,9 @@ def test_logprobs_are_the_base_models(llm: LLM, ids: list[int]) -> None:
             assert ours.logprobs[-1][token].logprob == pytest.approx(value.logprob, abs=1e-4)
 
 
-def test_stream_is_the_whole_output_in_pieces(llm: LLM, ids: list[int]) -> None:
-    whole = llm.generate(ids, GREEDY)[0]
+def test_stream_is_the_whole_output_in_pieces(
+    llm: LLM, ids: list[int], whole: RequestOutput
+) -> None:
     deltas = list(llm.stream(ids, GREEDY))
     assert "".join(d.text for d in deltas) == whole.text
     assert [t for d in deltas for t in d.token_ids] == whole.token_ids
@@ -128,19 +144,19 @@ def test_stream_is_the_whole_output_in_pieces(llm: LLM, ids: list[int]) -> None:
     assert all(d.output is None for d in deltas[:-1])
 
 
-def test_an_abandoned_stream_leaves_the_engine_free(llm: LLM, ids: list[int]) -> None:
-    stream = llm.stream(ids, GREEDY)
+def test_an_abandoned_stream_leaves_the_engine_free(tiny: LLM) -> None:
+    stream = tiny.stream("The dog", GREEDY)
     next(stream)
     next(stream)
     stream.close()  # type: ignore[attr-defined]
-    assert not llm._engine.busy
-    assert llm.generate(ids, GREEDY)[0].finish_reason == "length"
+    assert not tiny._engine.busy
+    assert tiny.generate("The dog", GREEDY)[0].finish_reason == "length"
 
 
-def test_aborting_one_of_several_leaves_the_others_as_they_were(llm: LLM, ids: list[int]) -> None:
-    other = llm.tokenizer.encode("The capital of France")
-    alone = llm.generate(other, GREEDY)[0].token_ids
-    engine = llm.new_engine()
+def test_aborting_one_of_several_leaves_the_others_as_they_were(tiny: LLM) -> None:
+    ids, other = map(tiny.tokenizer.encode, ("The dog", "The capital of France"))
+    alone = tiny.generate(other, GREEDY)[0].token_ids
+    engine = tiny.new_engine()
     first, second = engine.add(ids, GREEDY), engine.add(other, GREEDY)
     for _ in range(4):
         engine.step()
@@ -150,10 +166,10 @@ def test_aborting_one_of_several_leaves_the_others_as_they_were(llm: LLM, ids: l
     assert second.token_ids == alone
 
 
-def test_two_streams_at_once_do_not_mix(llm: LLM, ids: list[int]) -> None:
-    other = llm.tokenizer.encode("The capital of France")
-    alone = [llm.generate(p, GREEDY)[0].token_ids for p in (ids, other)]
-    streams = [llm.stream(ids, GREEDY), llm.stream(other, GREEDY)]
+def test_two_streams_at_once_do_not_mix(tiny: LLM) -> None:
+    prompts = "The dog", "The capital of France"
+    alone = [tiny.generate(p, GREEDY)[0].token_ids for p in prompts]
+    streams = [tiny.stream(p, GREEDY) for p in prompts]
     got: list[list[int]] = [[], []]
     for _ in range(24):
         for tokens, stream in zip(got, streams, strict=True):
@@ -205,9 +221,9 @@ def test_params_must_match_prompts(llm: LLM) -> None:
 def test_special_token_text_is_ordinary_text(llm: LLM) -> None:
     """Nothing a user writes makes a mask: masks are rows of a forward, not token ids."""
     for text in ("[MASK] and <mask> and <|MASK|>", "<|endoftext|>"):
-        ids = llm.tokenizer.encode(text)
-        a = llm.generate(ids, GREEDY)[0].token_ids
-        assert a == llm.autoregressive().generate(ids, GREEDY)[0].token_ids
+        ids, params = llm.tokenizer.encode(text), SamplingParams(temperature=0, max_tokens=8)
+        a = llm.generate(ids, params)[0].token_ids
+        assert a == llm.autoregressive().generate(ids, params)[0].token_ids
 
 
 @pytest.mark.parametrize(("layout", "stride"), [("ar", 1), ("linear", 3), ("quadratic", 3)])
