@@ -236,15 +236,17 @@ class Inputs:
     def take(self, table_BP: torch.Tensor, state: State, sampling: Sampling) -> None:
         """Take over what is not the same objects as in the last call."""
         B, taken = len(state.pending_B), self._taken
-        if taken[1] is not state or taken[2] is not sampling:
+        anew = taken[1] is not state or taken[2] is not sampling
+        if anew:
             self.clear()
-            for name, tensor in self.sampling.tensors.items():
-                tensor[:B] = sampling.tensors[name]
-            self._take_state(state, B)
-        if taken[0] is not table_BP or taken[1] is not state or taken[2] is not sampling:
+        if anew or taken[0] is not table_BP:
             self.table_BP[:B, : table_BP.shape[1]] = table_BP
             # Block 0 is nobody's, and so is a row that begins with it.
             self.real_B[:B] = table_BP[:, 0] != 0
+        if anew:
+            for name, tensor in self.sampling.tensors.items():
+                tensor[:B] = sampling.tensors[name]
+            self._take_state(state, B)
         self._taken = (table_BP, state, sampling)
 
     def state_of(self, B: int) -> State:
