@@ -82,8 +82,13 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 @contextmanager
-def server(model: Path, log: Path, *options: str, **variables: str) -> Iterator[Server]:
-    """A server of ``model``, until the block ends."""
+def server(
+    model: Path, log: Path, *options: str, ranks: int = 1, **variables: str
+) -> Iterator[Server]:
+    """A server of ``model`` in ``ranks`` processes that share it, until the block ends."""
+    if ranks > 1:  # the host wants to be told the core of each
+        options = (*options, "--tp-size", str(ranks))
+        variables["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

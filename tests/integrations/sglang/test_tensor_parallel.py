@@ -14,7 +14,7 @@ from tests.integrations.sglang.server import server
 
 pytestmark = pytest.mark.sglang
 
-TWO = ("--speculative-algorithm", "IDLM", "--tp-size", "2")
+SPEC = ("--speculative-algorithm", "IDLM")
 LENGTH = 32
 EACH: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -31,9 +31,8 @@ def test_text_and_forwards_of_one_rank(default_model_dir: Path, tmp_path: Path) 
     llm = LLM(layout="linear", verification="coupled", dtype="float32")
     params = [SamplingParams(**p, max_tokens=LENGTH, ignore_eos=True) for p in EACH]
     outputs = llm.generate(asked, params)
-    variables = {"IDLM_VERIFICATION": "coupled", "SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
-    options = ("--speculative-draft-model-path", str(adapter))
-    with server(model, tmp_path / "log", *TWO, *options, **variables) as s:
+    options = (*SPEC, "--speculative-draft-model-path", str(adapter))
+    with server(model, tmp_path / "log", *options, ranks=2, IDLM_VERIFICATION="coupled") as s:
         replies = [
             s.generate([prompt], **_as_host(p))[0] for prompt, p in zip(asked, EACH, strict=True)
         ]
@@ -48,7 +47,7 @@ def test_text_and_forwards_of_one_rank(default_model_dir: Path, tmp_path: Path) 
 def test_a_model_that_two_cannot_share_is_refused(default_model_dir: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(RuntimeError, match=r"--tp-size 2 does not divide this model: .* Use 1, 3,"),
-        server(default_model_dir, tmp_path / "log", *TWO),
+        server(default_model_dir, tmp_path / "log", *SPEC, ranks=2),
     ):
         pass
 

@@ -45,13 +45,15 @@ def tiny(folder: Path, family: str, vocab_size: int = TOKENIZER_SIZE, **override
 
 
 @torch.no_grad()
-def random_adapter(folder: Path, model: Path, head: tuple[int, int] = (16, 2)) -> Path:
+def random_adapter(
+    folder: Path, model: Path, head: tuple[int, int] = (16, 2), rank: int = 3
+) -> Path:
     """An adapter of random weights, large enough to show where it acts."""
     base = load_config(model)
     adapter = Adapter(
         AdapterConfig(
-            rank=3,
-            alpha=6.0,
+            rank=rank,
+            alpha=2.0 * rank,
             projections=("qkv", "o", "gate_up", "down"),
             block_size=3,
             head_width=head[0],
@@ -69,7 +71,7 @@ def random_adapter(folder: Path, model: Path, head: tuple[int, int] = (16, 2)) -
 
 
 def coupled_texts(
-    model: Path, adapter: Path | None, tmp_path: Path, *options: str, dtype: str = "float32"
+    model: Path, adapter: Path | None, tmp_path: Path, *options: str, ranks: int = 1
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Tokens of SGLang and of the embedded engine, decoding plainly, for the same seeds."""
     adapter_options = () if adapter is None else ("--speculative-draft-model-path", str(adapter))
@@ -83,10 +85,11 @@ def coupled_texts(
         *adapter_options,
         *options,
         "--skip-tokenizer-init",
+        ranks=ranks,
         IDLM_VERIFICATION="coupled",
     ) as s:
         ours = s.one_by_one(asked, [_as_host(p, length) for p in each], 5)
-    llm = LLM(model, layout="ar", verification="coupled", dtype=dtype, device="cpu")
+    llm = LLM(model, layout="ar", verification="coupled", dtype="float32", device="cpu")
     params = [SamplingParams(**p, max_tokens=length, ignore_eos=True) for p in each]
     return ours, [o.token_ids for o in llm.generate(asked, params)]
 
@@ -109,6 +112,13 @@ def test_a_seed_gives_the_text_of_plain_decoding(tmp_path: Path, head: tuple[int
     assert ours == plain
 
 
+def test_replicas_say_what_one_server_does(tmp_path: Path) -> None:
+    model = tiny(tmp_path, "llama")
+    adapter = random_adapter(tmp_path / "adapter", model)
+    ours, plain = coupled_texts(model, adapter, tmp_path, "--dp-size", "2")
+    assert ours == plain
+
+
 def test_fully_converted_model_in_the_authors_format(tmp_path: Path) -> None:
     model = tiny(tmp_path, "sdar", mask_token_id=2)
     ours, plain = coupled_texts(model, None, tmp_path)
@@ -116,12 +126,13 @@ def test_fully_converted_model_in_the_authors_format(tmp_path: Path) -> None:
     assert 2 not in itertools.chain(*ours)
 
 
-def test_lora_of_the_authors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lora_of_the_authors(tmp_path: Path, ranks: int) -> None:
     model = tiny(tmp_path, "qwen3", mask_token_id=2)
-    adapter = random_adapter(tmp_path / "adapter", model, (0, 0))
+    adapter = random_adapter(tmp_path / "adapter", model, (0, 0), rank=128)
     for ours_alone in (CONFIG_FILE, HEAD_FILE):
         (adapter / ours_alone).unlink()
-    ours, plain = coupled_texts(model, adapter, tmp_path)
+    ours, plain = coupled_texts(model, adapter, tmp_path, ranks=ranks)
     assert ours == plain
 
 
