@@ -64,6 +64,8 @@ SGLANG_PYTHON ?= python3.12
 SGLANG_TESTS := tests/integrations/sglang
 .venv-sglang/.done: $(SGLANG_TESTS)/requirements.txt pyproject.toml
 	@echo "== setup: .venv-sglang"
+	@$(SGLANG_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || { \
+	  echo "error: these tests need Python 3.12 and '$(SGLANG_PYTHON)' is not; name one: make test-sglang SGLANG_PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(SGLANG_PYTHON) -m venv .venv-sglang
 	@.venv-sglang/bin/python -m pip install --quiet --no-compile -r $(SGLANG_TESTS)/requirements.txt
 	@.venv-sglang/bin/python -m pip install --quiet --no-compile --no-deps sglang==0.5.17 -e .
