@@ -13,6 +13,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     ForwardMode,
 )
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from torch import nn
 
 from idlm.decoding.propose import num_candidates, propose
 from idlm.decoding.sampling import Sampling
@@ -62,6 +63,8 @@ class Worker(BaseSpecWorker):
         self._mask_token_id = config.mask_token_id
         self._decoder = HostDecoder(self._runner.model, config)
         self._masks = Masks(self.layout, self._runner.model, self._adapter, config.mask_token_id)
+        if self._adapter is not None:
+            self._adapter.lora = nn.ModuleList()  # the projections have their shares of it
         self._sampling = BatchSampling(config.vocab_size, target_worker.random_seed, self.device)
         # Whether graphs may write their greedy verdict to the slots.
         self._greedy = torch.ones((), dtype=torch.bool, device=self.device)
