@@ -24,6 +24,7 @@ import triton.language as tl
 
 # The matrix units want 16 rows at least.
 MIN_ROWS = 16
+FEW_ROWS = tl.constexpr(MIN_ROWS)
 # Memory of a program that shares a multiprocessor with others, and of one that need not.
 SHARED_BYTES, ALONE_BYTES = 65_536, 131_072
 PROGRAMS = 132  # multiprocessors, about
@@ -339,6 +340,7 @@ def _product(  # type: ignore[no-untyped-def]
     squares_ptr,
     weight_ptr,
     rows,
+    end,
     outputs,
     parts,
     eps,
@@ -348,22 +350,35 @@ def _product(  # type: ignore[no-untyped-def]
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """``f(x) weight^T`` of these rows and outputs, fp32."""
+    """``f(x) weight^T`` of these rows (before ``end``) and outputs, fp32."""
+    # A row that is not there stands for the last one. Where that may be most of a tile, it is not
+    # read at all: every program would fetch the same few bytes over and over.
+    sparse: tl.constexpr = ROWS <= FEW_ROWS
+    there = (rows < end)[:, None]
+    if not sparse:
+        rows = tl.minimum(rows, end - 1)
     x_rows_ptr = x_ptr + rows[:, None].to(tl.int64) * I
     weight_rows_ptr = weight_ptr + outputs[None, :].to(tl.int64) * I
     y = tl.zeros([ROWS, OUTPUTS], tl.float32)
     if PARTS:
         part = tl.arange(0, PARTS)[None, :]
         squares = tl.load(
-            squares_ptr + rows[:, None].to(tl.int64) * parts + part, mask=part < parts, other=0.0
+            squares_ptr + rows[:, None].to(tl.int64) * parts + part,
+            mask=(part < parts) & there if sparse else part < parts,
+            other=0.0,
         )
     for first in tl.range(0, I, INPUTS):
         inputs = first + tl.arange(0, INPUTS)
         if I % INPUTS == 0:
-            x = tl.load(x_rows_ptr + inputs[None, :])
+            if sparse:
+                x = tl.load(x_rows_ptr + inputs[None, :], mask=there, other=0.0)
+            else:
+                x = tl.load(x_rows_ptr + inputs[None, :])
             weight = tl.load(weight_rows_ptr + inputs[:, None])
         else:
-            x = tl.load(x_rows_ptr + inputs[None, :], mask=(inputs < I)[None, :], other=0.0)
+            x = tl.load(
+                x_rows_ptr + inputs[None, :], mask=there & (inputs < I)[None, :], other=0.0
+            )
             weight = tl.load(
                 weight_rows_ptr + inputs[:, None], mask=(inputs < I)[:, None], other=0.0
             )
@@ -416,17 +431,18 @@ def _project(  # type: ignore[no-untyped-def]
 ):
     """A tile of ``z``, then a tile of ``y``."""
     program = tl.program_id(0)
-    # A row or output that is not there stands for the last one; what it gives is not stored.
+    # An output that is not there stands for the last one; what it gives is not stored.
     if program < makers:
         mask_tiles = tl.cdiv(N - first_mask, ROWS)
         masks = (program % mask_tiles) * ROWS + tl.arange(0, ROWS)
         ranks = (program // mask_tiles) * OUTPUTS + tl.arange(0, OUTPUTS)
-        rows = tl.minimum(first_mask + masks, N - 1)
+        rows = first_mask + masks
         z = _product(
             x_ptr,
             squares_ptr,
             A_ptr,
             rows,
+            N,
             tl.minimum(ranks, Z - 1),
             parts,
             eps,
@@ -469,7 +485,8 @@ def _project(  # type: ignore[no-untyped-def]
             x_ptr,
             squares_ptr,
             weight_ptr,
-            tl.minimum(rows, end - 1),
+            rows,
+            end,
             safe_outputs,
             parts,
             eps,

@@ -70,7 +70,7 @@ class Slots:
         self.accepted_P[slot_B] = accepted_B
         self._drafts.tokens_BM[slot_B] = proposals.tokens_BM
         self._drafts.count_B[slot_B] = proposals.count_B
-        self._certain_P[slot_B] = all_greedy
+        self._certain_P.index_fill_(0, slot_B, all_greedy)  # unlike `[]`, it can be captured
         if not all_greedy:
             self._drafts.ids_BMK[slot_B] = proposals.ids_BMK
             self._drafts.probs_BMK[slot_B] = proposals.probs_BMK
