@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
+from itertools import cycle as cycle_without_end
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +146,14 @@ def impose(rates: tuple[float, ...]) -> None:
 def prompts(llm: LLM, file: Path | None, length: int | None) -> Iterator[list[int]]:
     """Prompts without end: lines of ``file``, or questions; made ``length`` tokens long."""
     texts = file.read_text().splitlines() if file else list(PROMPTS)
-    for i in count():
-        text = texts[i % len(texts)]
+    prompts = []
+    for text in texts:
         ids = llm.tokenizer.apply_chat_template([{"role": "user", "content": text}])
         if length is not None:
             ids = ((ids[:-8] * (length // len(ids) + 1))[: length - 8] + ids[-8:])[:length]
-        yield ids
+        prompts.append(ids)
+    # Made beforehand: to tokenise is the server's work, and not of this thread.
+    return cycle_without_end(prompts)
 
 
 def measure(

@@ -71,7 +71,7 @@ def engine_of(llm: LLM, model: Any, layout: str, stride: int, rule: str, **optio
     options = {"max_batch": 16, "ahead": True} | options
     engine = Engine(method, llm.tokenizer, cache=cache, device=DEVICE, **options)
     if DEVICE.type == "cpu":
-        candidates = num_candidates(decoder.config.vocab_size)
+        candidates = num_candidates(DEVICE, decoder.config.vocab_size)
         engine._runner._graphs = UncapturedGraphs(cache, DEVICE, 80, rows.block_size, candidates)
     return engine
 

@@ -42,7 +42,7 @@ def propose(
         count_B: how many of the drafts will count, int64.
         coupled: draw with the noise that verification will use (the coupled rule).
     """
-    ids_BMK = likeliest(logits_BMV, num_candidates(logits_BMV.shape[-1]))
+    ids_BMK = likeliest(logits_BMV, num_candidates(logits_BMV.device, logits_BMV.shape[-1]))
     head = None if adapter is None else adapter.head
     stream = Stream.TOKEN if coupled else Stream.DRAFT
     if head is not None and sampling.plain:
@@ -90,9 +90,9 @@ def propose(
     return Drafts(tokens_BM, ids_BMK, torch.stack(probs, dim=1), count_B)
 
 
-def num_candidates(vocab_size: int) -> int:
-    """Candidates of a place."""
-    return min(CANDIDATES, vocab_size)
+def num_candidates(device: torch.device, vocab_size: int) -> int:
+    """Candidates of a place; more on CUDA, where of two likely tokens one may be lost."""
+    return min(2 * CANDIDATES if cuda_head.usable(device) else CANDIDATES, vocab_size)
 
 
 def likeliest(logits: torch.Tensor, k: int) -> torch.Tensor:

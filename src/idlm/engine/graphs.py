@@ -20,9 +20,10 @@ from idlm.decoding.cycle import Method, Outcome, State
 from idlm.decoding.sampling import Sampling
 from idlm.decoding.verify import Drafts
 from idlm.engine.commit import Launch
-from idlm.engine.kv_cache import KVCache
+from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 
 LEAST_TEXT = 16  # tokens of a captured prefill
+TIMED_TEXT = 512  # tokens of each request when a cycle is timed
 FEW_ROWS = 256  # of a forward: fewer take hardly less time
 
 
@@ -129,6 +130,7 @@ class Graphs:
                 outcome = run()
                 state = inputs.go_on(outcome.state)
             self._pool = graph.pool()
+            inputs.pretend()
             seconds = _timed(graph)
         except Exception as error:
             raise CaptureError(f"{type(error).__name__}: {error}") from error
@@ -170,7 +172,7 @@ def text_requests(requests: int, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Graph:
-    """A captured cycle, where it leaves what it brought, and what it takes on short texts."""
+    """A captured cycle, where it leaves what it brought, and what it takes on middling texts."""
 
     graph: torch.cuda.CUDAGraph
     packed_BX: torch.Tensor
@@ -232,6 +234,11 @@ class Inputs:
         for tensor in self.tensors:
             tensor.zero_()
         _neutral(self.sampling)
+
+    def pretend(self) -> None:
+        """Let all rows be somebody's with texts of middling length, in block 0 throughout."""
+        self.real_B.fill_(1)
+        self.state.length_B.fill_(min(TIMED_TEXT, self.table_BP.shape[1] * BLOCK_TOKENS // 2))
 
     def take(self, table_BP: torch.Tensor, state: State, sampling: Sampling) -> None:
         """Take over what is not the same objects as in the last call."""
@@ -332,6 +339,9 @@ class Texts:
         self.tokens_BC[:B], self.count_B[:B], self.start_B[:B] = tokens_BC, count_B, start_B
         for name, tensor in self.sampling.tensors.items():
             tensor[:B] = sampling.tensors[name]
+
+    def pretend(self) -> None:
+        """As they are, they will do for a timing."""
 
     def go_on(self, state: State) -> State:
         """What the answers begin with; nothing is written back."""

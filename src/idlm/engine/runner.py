@@ -50,7 +50,7 @@ class Runner:
         self._cache, self._grammars = cache, grammars
         self._graphs: Graphs | None = None
         if device.type == "cuda":
-            candidates = num_candidates(method.decoder.config.vocab_size)
+            candidates = num_candidates(device, method.decoder.config.vocab_size)
             self._graphs = Graphs(cache, device, table_width, places, candidates)
 
     def decode(

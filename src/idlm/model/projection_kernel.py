@@ -376,9 +376,7 @@ def _product(  # type: ignore[no-untyped-def]
                 x = tl.load(x_rows_ptr + inputs[None, :])
             weight = tl.load(weight_rows_ptr + inputs[:, None])
         else:
-            x = tl.load(
-                x_rows_ptr + inputs[None, :], mask=there & (inputs < I)[None, :], other=0.0
-            )
+            x = tl.load(x_rows_ptr + inputs[None, :], mask=there & (inputs < I)[None, :], other=0.0)
             weight = tl.load(
                 weight_rows_ptr + inputs[:, None], mask=(inputs < I)[:, None], other=0.0
             )

@@ -95,7 +95,7 @@ class Worker(BaseSpecWorker):
         self._slots = self._masks.slots = Slots(
             len(self._slot_tokens),
             self.layout.block_size,
-            num_candidates(self._sampling.vocab_size),
+            num_candidates(self.device, self._sampling.vocab_size),
             self.device,
         )
 
