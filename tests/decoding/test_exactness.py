@@ -62,9 +62,9 @@ def run(
     while min(map(len, texts)) < count:
         outcome = decode(method, k, v, table, outcome.state, sampling)
         forwards += 1
-        for row, text in enumerate(texts):
-            n = int(outcome.verdict.accepted_B[row]) + 1
-            text += outcome.tokens_BN[row, :n].tolist()
+        accepted = outcome.verdict.accepted_B.tolist()
+        for text, tokens, n in zip(texts, outcome.tokens_BN.tolist(), accepted, strict=True):
+            text += tokens[: n + 1]
         assert int(outcome.state.length_B.max()) + method.layout.num_rows < room
     return torch.tensor([text[:count] for text in texts]), forwards
 
