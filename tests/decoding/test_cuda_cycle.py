@@ -16,12 +16,13 @@ from idlm.decoding.sampling import Sampling
 from idlm.model import cpu_kernels, cuda_head
 from tests.support.random_model import random_adapter, random_config, random_decoder
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GREEDY = SamplingParams(temperature=0)
 WARM = SamplingParams(temperature=0.8)
 CUT = SamplingParams(temperature=0.9, top_p=0.8, top_k=20)
 TIRED = SamplingParams(temperature=1.1, repetition_penalty=1.3, logit_bias={3: 1.0})
 TIRED_GREEDY = SamplingParams(temperature=0, presence_penalty=0.7)
-PROMPTS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(7))
+PROMPTS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(7)).to(DEVICE)
 
 
 @contextmanager
@@ -38,23 +39,23 @@ class Decoding:
 
     def __init__(self, layout: str, stride: int, rule: str, params: list[SamplingParams]) -> None:
         config = random_config()
-        decoder = random_decoder(config, peakedness=1.5)
+        decoder = random_decoder(config, peakedness=1.5).to(DEVICE)
         rows = Layout.named(layout, stride)
-        adapter = random_adapter(config) if rows.num_masks else None
+        adapter = random_adapter(config).to(DEVICE).freeze() if rows.num_masks else None
         self.method = Method(decoder, adapter, rows, rule)
         self.params, B = params, len(params)
-        self.k = torch.zeros(config.num_layers, B * 12, config.num_kv_heads, 16, config.head_dim)
-        self.v = torch.zeros_like(self.k)
-        self.table = torch.arange(B * 12, dtype=torch.int32).view(B, 12)
+        shape = config.num_layers, B * 12, config.num_kv_heads, 16, config.head_dim
+        self.k, self.v = torch.zeros(2, *shape, device=DEVICE).unbind()
+        self.table = torch.arange(B * 12, dtype=torch.int32, device=DEVICE).view(B, 12)
 
     def sampling(self) -> Sampling:
         B, V = len(self.params), self.method.decoder.config.vocab_size
         prompts = PROMPTS[:B].tolist()
-        return Sampling.of(self.params, range(B), prompts, [[]] * B, V, torch.device("cpu"))
+        return Sampling.of(self.params, range(B), prompts, [[]] * B, V, DEVICE)
 
     def begin(self) -> Outcome:
         B = len(self.params)
-        start_B = torch.zeros(B, dtype=torch.int64)
+        start_B = torch.zeros(B, dtype=torch.int64, device=DEVICE)
         given = PROMPTS[:B], torch.full_like(start_B, 9), start_B, self.sampling()
         return prefill(self.method, self.k, self.v, self.table, *given)
 
@@ -75,7 +76,7 @@ def assert_same(actual: Outcome, expected: Outcome) -> None:
     assert torch.equal(ours.count_B, theirs.count_B)
     assert torch.equal(ours.tokens_BM, theirs.tokens_BM)
     # The candidates are the whole (small) vocabulary, in another order.
-    q = [torch.zeros(*d.tokens_BM.shape, 61) for d in (ours, theirs)]
+    q = [torch.zeros(*d.tokens_BM.shape, 61, device=DEVICE) for d in (ours, theirs)]
     for q_BMV, drafts in zip(q, (ours, theirs), strict=True):
         q_BMV.scatter_add_(2, drafts.ids_BMK, drafts.probs_BMK)
     torch.testing.assert_close(q[0], q[1])

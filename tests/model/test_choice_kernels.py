@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 from idlm.model.choice_kernel import CHUNK, argmax, best_of_groups
+from idlm.model.cuda_head import Draw
+from idlm.model.score_kernel import begin_chain, draft
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [1, 61, CHUNK, CHUNK + 1, 3 * CHUNK + 17]
@@ -49,3 +51,70 @@ def test_the_best_of_each_group(V: int, k: int, dtype: torch.dtype) -> None:
     first = (groups == groups.amax(-2, keepdim=True)).int().argmax(-2)
     expected = first * k + torch.arange(k)
     assert torch.equal(best_of_groups(logits_BRV, k).cpu(), expected)
+
+
+def check_drafts(B: int, M: int, K: int, H: int, V: int, dtype: torch.dtype, times: int) -> None:
+    """Drafts of all places are the likeliest, every time, and a draw's come from its ``q``."""
+    maker = torch.Generator().manual_seed(H)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=maker).to(DEVICE, dtype)
+
+    hidden_BMH, state_BH, norm_H = random(B, M, H), random(B, H), random(H)
+    weight_VH, embedding_VH = random(V, H) * H**-0.5, random(V, H)
+    ids_BMK = torch.rand(B * M, V, generator=maker).topk(K).indices.view(B, M, K).to(DEVICE)
+    seed_B = position_B = torch.arange(B, device=DEVICE)
+    greedy_B = seed_B % 3 == 0
+    draw = Draw(seed_B, position_B, 2, torch.full((B,), 0.8, device=DEVICE), greedy_B)
+    summed_BMH = (hidden_BMH + state_BH[:, None]).float()
+    logits_BMV = summed_BMH.double() @ weight_VH.double().T
+    logits_BMK = logits_BMV.gather(2, ids_BMK)
+    q_BMK = (logits_BMK / 0.8).softmax(-1).float()
+    best_BMK = logits_BMK == logits_BMK.amax(-1, keepdim=True)
+    q_BMK = torch.where(greedy_B[:, None, None], best_BMK.float(), q_BMK)
+    found = []
+    for _ in range(times):  # a race would show now and then only
+        for given in (None, draw):
+            token_BH, _, finished_MB = begin_chain(seed_B, embedding_VH, norm_H, 1e-5, M)
+            tokens_BM = torch.full((B, M), -1, device=DEVICE)
+            probs_BMK = None if given is None else torch.empty(B, M, K, device=DEVICE)
+            for place in range(M):
+                token_BH = draft(
+                    hidden_BMH,
+                    state_BH,
+                    weight_VH,
+                    ids_BMK,
+                    embedding_VH,
+                    norm_H,
+                    1e-5,
+                    finished_MB,
+                    place,
+                    tokens_BM,
+                    probs_BMK,
+                    given,
+                )
+                expected_BH = torch.nn.functional.rms_norm(
+                    embedding_VH[tokens_BM[:, place]].float(), (H,), norm_H.float(), 1e-5
+                )
+                torch.testing.assert_close(token_BH.float(), expected_BH, atol=2e-2, rtol=2e-2)
+            at_BMK = ids_BMK == tokens_BM[..., None]
+            assert bool((at_BMK.sum(-1) == 1).all())
+            if probs_BMK is None:
+                chosen_BM = (logits_BMK * at_BMK).sum(-1)
+                torch.testing.assert_close(chosen_BM, logits_BMK.amax(-1), atol=1e-4, rtol=1e-4)
+            else:
+                torch.testing.assert_close(probs_BMK, q_BMK, atol=1e-4, rtol=1e-3)
+            found.append(tokens_BM)
+    for index in (0, 1):
+        assert all(torch.equal(tokens, found[index]) for tokens in found[index::2])
+
+
+def test_drafts() -> None:
+    check_drafts(B=4, M=2, K=37, H=48, V=90, dtype=torch.float32, times=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("B", "H"), [(1, 576), (128, 576), (16, 4096)])
+def test_real_drafts(B: int, H: int, dtype: torch.dtype) -> None:
+    check_drafts(B, M=3, K=1024, H=H, V=8192, dtype=dtype, times=20)

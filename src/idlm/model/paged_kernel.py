@@ -62,9 +62,11 @@ class Rows:
 
     def unflat(self, x_NX: torch.Tensor) -> torch.Tensor:
         """``[N, ...]`` to ``[B, R, ...]``."""
+        if self.masks == 0 or self.clean == 0:
+            return x_NX.unflatten(0, (self.requests, -1))
         clean, masks = x_NX[: self.first_mask], x_NX[self.first_mask :]
         parts = [(clean, self.clean), (masks, self.masks)]
-        return torch.cat([x.unflatten(0, (self.requests, n)) for x, n in parts if n], dim=1)
+        return torch.cat([x.unflatten(0, (self.requests, n)) for x, n in parts], dim=1)
 
 
 def rotate_and_append(
