@@ -15,8 +15,10 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from torch import nn
 
+from idlm.decoding.layout import row_tables
 from idlm.decoding.propose import num_candidates, propose
 from idlm.decoding.sampling import Sampling
+from idlm.decoding.settle import settle
 from idlm.decoding.verify import Drafts, verify
 from idlm.errors import CheckpointError
 from idlm.integrations.sglang.decoder import HostDecoder
@@ -52,6 +54,7 @@ class Worker(BaseSpecWorker):
         self.device = torch.device(self._runner.device)
         options = Options.of(server_args)
         self.layout, self.rule = options.layout, options.rule
+        self._block_after_NN = row_tables(self.layout, self.device).block_after_NN
         folder = checkpoint.resolve(server_args.model_path)
         config = checkpoint.load_config(folder)
         self._adapter = self._load_adapter(options, config)
@@ -212,21 +215,18 @@ class Worker(BaseSpecWorker):
         logits_BWV = self._never_mask(output.next_token_logits).unflatten(0, (-1, W))
         hidden_BWH = output.hidden_states.unflatten(0, (-1, W))
         drafts = self._slots.drafts(slot_B, sampling.all_greedy)
-        first_B = length_B + 1
-        verdict = verify(self.rule, logits_BWV[:, :N], drafts, first_B, sampling)
-        tokens_BN = torch.cat((drafts.tokens_BM, verdict.next_B[:, None]), dim=1)
-        tokens_BN.scatter_(1, verdict.accepted_B[:, None], verdict.next_B[:, None])
+        verdict = verify(self.rule, logits_BWV[:, :N], drafts, length_B + 1, sampling)
+        settled = settle(verdict, drafts, length_B, self._block_after_NN, W, N - 1)
+        tokens_BN = settled.packed_BX[:, :N]
         sampling.commit(tokens_BN, verdict.accepted_B)
-        # The block hangs on the last draft: after a rejection it is of no use.
-        stands_B = verdict.accepted_B == drafts.count_B
         proposals = propose(
             self._decoder.as_decoder(),
             self._adapter,
             self._masks.block(hidden_BWH, drafts.count_B),
             self._masks.block(logits_BWV, drafts.count_B),
             verdict.next_B,
-            first_B + verdict.accepted_B,
-            torch.where(stands_B, N - 1, 0),
+            settled.length_B,
+            settled.proposed_B,
             sampling,
             coupled=self.rule == "coupled",
         )
