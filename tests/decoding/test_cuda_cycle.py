@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
 from idlm.decoding.cycle import Method, Outcome, State, decode, prefill
 from idlm.decoding.layout import Layout
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.sampling import Sampling
-from idlm.model import cpu_kernels, cuda_head
+from idlm.model import cpu_kernels, cuda_head, cuda_stack
 from tests.support.random_model import random_adapter, random_config, random_decoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,3 +115,62 @@ def test_cycles(layout: str, stride: int, rule: str, params: list[SamplingParams
         with kernels(False):
             expected = decoding.go_on(expected.state)
         assert_same(actual, expected)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that a GPU would be given: kernels and what torch computes."""
+
+    # Views, and what is done on a CPU only.
+    FREE = (
+        "as_strided alias detach empty empty_like empty_strided expand flatten new_empty numpy_T "
+        "permute reshape select slice split squeeze t transpose unbind unflatten unsqueeze view "
+        "_unsafe_view any is_nonzero"
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func.overloadpacket.__name__ not in self.FREE.split()
+        return func(*args, **(kwargs or {}))
+
+
+def launches(layout: str, stride: int, params: SamplingParams) -> int:
+    """Of one cycle, without those of the layers."""
+    from triton.runtime import interpreter
+
+    counted = Launches()
+    run = interpreter.GridExecutor.__call__
+    layers = {"_project", "_attend", "_merge", "_rotate_and_append"}
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> None:
+        counted.count += self.fn.__name__ not in layers
+        with _disable_current_modes():
+            run(self, *args, **kwargs)
+
+    decoding = Decoding(layout, stride, "rejection", [params])
+    with kernels(True):
+        state, sampling = decoding.begin().state, decoding.sampling()
+    given = decoding.k, decoding.v, decoding.table, state, sampling
+    with kernels(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_stack, "usable", lambda device: True)
+        decode(decoding.method, *given)  # what is made once
+        patch.setattr(interpreter.GridExecutor, "__call__", counting)
+        with counted:
+            decode(decoding.method, *given)
+    return counted.count
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="counts what is interpreted")
+@torch.inference_mode()
+def test_launches_are_few() -> None:
+    """Every one takes a GPU a microsecond or more, and there were hundreds."""
+    found = [
+        launches(layout, stride, params)
+        for layout, stride in (("ar", 1), ("quadratic", 4))
+        for params in (GREEDY, WARM)
+    ]
+    assert all(n <= most for n, most in zip(found, (14, 15, 24, 25), strict=True)), found
