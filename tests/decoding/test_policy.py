@@ -76,6 +76,13 @@ def test_what_cannot_be_better_is_not_tried() -> None:
     assert "quadratic:8" not in policy.chosen
 
 
+def test_many_rows_are_not_tried_where_a_few_have_cost_much() -> None:
+    policy = Policy(plans(7))
+    drive(policy, 32, 1e-3, 200, CHANCES, 3)
+    assert policy.chosen["quadratic:8"] == policy.chosen["quadratic:4"] == 0
+    assert policy.chosen["ar:1"] > 150
+
+
 def test_plans_have_no_more_masks_than_were_trained() -> None:
     assert {plan.stride for plan in plans(3)} == {1, 2, 3, 4}
     assert plans(0) == (Layout.named("ar", 1),)

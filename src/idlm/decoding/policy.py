@@ -113,15 +113,25 @@ class Policy:
             if self._known(size, plan)
         }
         best = max(rates.values(), default=0.0)
-        least = 0.0  # more rows never cost less
+        known: list[tuple[int, float]] = []  # rows and seconds, which more rows never lower
         for plan in self.plans:
             if plan in rates:
-                least = max(least, self._seconds[size, plan])
-            elif least == 0.0 or self.tokens(plan) / least > best * BETTER:
+                before = known[-1][1] if known else 0.0
+                known.append((plan.num_rows, max(before, self._seconds[size, plan])))
+            elif not known or self.tokens(plan) / _least(known, plan.num_rows) > best * BETTER:
                 return plan
         if current in rates and best <= rates[current] * BETTER:
             return current
         return max(rates, key=lambda plan: rates[plan])
+
+
+def _least(known: Sequence[tuple[int, float]], rows: int) -> float:
+    """Seconds that so many rows take at least: each further one costs what the others did or more.
+
+    Rows are free while the weights' bytes are what a forward costs, and cost the more from there.
+    """
+    (fewest, cheapest), (most, dearest) = known[0], known[-1]
+    return dearest + (dearest - cheapest) / max(most - fewest, 1) * (rows - most)
 
 
 def _size(requests: int) -> int:
