@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from idlm.model import cpu_kernels
+from idlm.model.cpu import kernels as cpu_kernels
 
 HIDDEN, INNER, VOCABULARY, LAYERS, QKV = 576, 1536, 49152, 30, 960
 LAYER = [(QKV, HIDDEN), (HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)]

@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from idlm import LLM, SamplingParams, __version__
-from idlm.model import checkpoint, cpu_kernels
+from idlm.model import checkpoint
+from idlm.model.cpu import kernels as cpu_kernels
 
 PROMPTS = [
     "List ten tips for a healthy life.",

@@ -26,9 +26,9 @@ from idlm.decoding.layout import Layout, row_tables
 from idlm.model.adapter import Adapter, AdapterConfig
 from idlm.model.attention import PagedAttention, grouped_attention, visibility_bias
 from idlm.model.config import ModelConfig, RopeConfig
+from idlm.model.cuda.paged_attention import Rows, attend, rotate_and_append
+from idlm.model.cuda.projection import LowRank, Tile, add, begin, project
 from idlm.model.decoder import Decoder
-from idlm.model.paged_kernel import Rows, attend, rotate_and_append
-from idlm.model.projection_kernel import LowRank, Tile, add, begin, project
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 COLD_BYTES = 400e6  # several times the L2 cache

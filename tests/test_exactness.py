@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from idlm import LLM, SamplingParams
 from idlm.decoding.metrics import DecodeStats
-from idlm.model import cpu_kernels
+from idlm.model.cpu import kernels as cpu_kernels
 
 COUNT = 96
 # From the longest on.

@@ -21,9 +21,10 @@ from idlm.engine.engine import Engine
 from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 from idlm.engine.request import FinishReason, Logprob, Request, Source
 from idlm.errors import InvalidRequestError, ResourceError
-from idlm.model import checkpoint, cpu_kernels
+from idlm.model import checkpoint
 from idlm.model.adapter import Adapter
 from idlm.model.config import ModelConfig
+from idlm.model.cpu import kernels as cpu_kernels
 from idlm.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

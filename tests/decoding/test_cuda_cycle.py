@@ -15,7 +15,9 @@ from idlm.decoding.cycle import Method, Outcome, State, decode, prefill
 from idlm.decoding.layout import Layout
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.sampling import Sampling
-from idlm.model import cpu_kernels, cuda_head, cuda_stack
+from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cuda import head as cuda_head
+from idlm.model.cuda import stack as cuda_stack
 from tests.support.random_model import random_adapter, random_config, random_decoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

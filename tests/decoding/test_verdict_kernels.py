@@ -16,8 +16,10 @@ from idlm.decoding.random import Stream, exponential, uniform
 from idlm.decoding.sampling import Sampling, sample
 from idlm.decoding.settle import settle
 from idlm.decoding.verify import Drafts, Verdict, verify
-from idlm.model import cpu_kernels, cuda_head, noise_kernel
-from idlm.model.choice_kernel import CHUNK
+from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cuda import head as cuda_head
+from idlm.model.cuda import noise as noise_kernel
+from idlm.model.cuda.choice import CHUNK
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GREEDY, WARM, HOT = (SamplingParams(temperature=t) for t in (0, 0.7, 1.3))

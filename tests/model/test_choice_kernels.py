@@ -6,9 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from idlm.model.choice_kernel import CHUNK, argmax, best_of_groups
-from idlm.model.cuda_head import Draw
-from idlm.model.score_kernel import begin_chain, draft
+from idlm.model.cuda.choice import CHUNK, argmax, best_of_groups
+from idlm.model.cuda.head import Draw
+from idlm.model.cuda.score import begin_chain, draft
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [1, 61, CHUNK, CHUNK + 1, 3 * CHUNK + 17]

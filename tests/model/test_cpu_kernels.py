@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idlm.model import cpu_kernels
+from idlm.model.cpu import kernels as cpu_kernels
 from tests.support.paged import block_table, contiguous, paged
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from idlm.model import cpu_kernels, cpu_stack
 from idlm.model.adapter import Adapter
 from idlm.model.attention import PagedAttention
-from idlm.model.cpu_head import greedy_chain
+from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cpu import stack as cpu_stack
+from idlm.model.cpu.head import greedy_chain
 from idlm.model.decoder import Decoder
 from tests.support.paged import block_table, contiguous, paged
 from tests.support.random_model import random_adapter, random_config, random_decoder

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idlm.model import cuda_head, cuda_stack
 from idlm.model.attention import PagedAttention
+from idlm.model.cuda import head as cuda_head
+from idlm.model.cuda import stack as cuda_stack
 from tests.support.paged import block_table, contiguous, paged
 from tests.support.random_model import random_adapter, random_config, random_decoder
 

@@ -11,7 +11,7 @@ from idlm.model.attention import grouped_attention, visibility_bias, within_wind
 from idlm.model.decoder import rotate
 
 pytest.importorskip("triton")
-from idlm.model.paged_kernel import PART_KEYS, Rows, attend, rotate_and_append
+from idlm.model.cuda.paged_attention import PART_KEYS, Rows, attend, rotate_and_append
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T = 16

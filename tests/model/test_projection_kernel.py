@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from idlm.model.projection_kernel import LowRank, add, begin, normed, project
+from idlm.model.cuda.projection import LowRank, add, begin, normed, project
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

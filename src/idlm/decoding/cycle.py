@@ -18,9 +18,9 @@ from idlm.decoding.propose import propose
 from idlm.decoding.sampling import Sampling
 from idlm.decoding.settle import settle
 from idlm.decoding.verify import Drafts, Verdict, verify
-from idlm.model import cuda_head
 from idlm.model.adapter import Adapter
 from idlm.model.attention import PagedAttention
+from idlm.model.cuda import head as cuda_head
 from idlm.model.decoder import Decoder
 
 # Rows of a forward up to which mask blocks that will not be used go through the output layer too.

@@ -7,9 +7,10 @@ import torch
 from idlm.decoding.random import Stream
 from idlm.decoding.sampling import Sampling, distribution, greedy_choice, sample
 from idlm.decoding.verify import Drafts
-from idlm.model import cpu_kernels, cuda_head
 from idlm.model.adapter import Adapter
-from idlm.model.cpu_head import greedy_chain
+from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cpu.head import greedy_chain
+from idlm.model.cuda import head as cuda_head
 from idlm.model.decoder import Decoder
 
 CANDIDATES = 1024

@@ -13,7 +13,8 @@ import torch
 
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.random import Stream, exponential
-from idlm.model import cpu_kernels, cuda_head
+from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cuda import head as cuda_head
 from idlm.model.transfer import upload
 
 

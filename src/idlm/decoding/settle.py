@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from idlm.decoding.verify import Drafts, Verdict
-from idlm.model import cuda_head
+from idlm.model.cuda import head as cuda_head
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from idlm.decoding.random import Stream, uniform
 from idlm.decoding.sampling import Sampling, distribution, greedy_choice, sample
 from idlm.errors import InvalidRequestError
-from idlm.model import cuda_head
+from idlm.model.cuda import head as cuda_head
 
 RULES = ("rejection", "coupled")
 

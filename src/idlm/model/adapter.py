@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from idlm.errors import AdapterMismatchError, CheckpointError
-from idlm.model import cpu_kernels, cuda_head
 from idlm.model.config import ModelConfig
+from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cuda import head as cuda_head
 from idlm.model.files import write_json, write_safetensors
 from idlm.model.peft_config import PEFT_CONFIG_FILE, PeftConfig
 

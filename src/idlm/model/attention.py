@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from idlm.model import cpu_kernels
+from idlm.model.cpu import kernels as cpu_kernels
 
 
 class Attention(Protocol):

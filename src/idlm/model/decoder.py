@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from idlm.model import cpu_kernels, cpu_stack, cuda_head, cuda_stack
 from idlm.model.attention import Attention, PagedAttention
 from idlm.model.config import ModelConfig
+from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cpu import stack as cpu_stack
+from idlm.model.cuda import head as cuda_head
+from idlm.model.cuda import stack as cuda_stack
 
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear

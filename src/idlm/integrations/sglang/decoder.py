@@ -8,8 +8,9 @@ import torch
 from sglang.srt.distributed import get_tp_group
 from torch import nn
 
-from idlm.model import cpu_kernels, cuda_head
 from idlm.model.config import ModelConfig
+from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cuda import head as cuda_head
 from idlm.model.decoder import Decoder
 
 

@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from idlm.model import cpu_kernels
-from idlm.model.cpu_kernels import Addresses, address
+from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cpu.kernels import Addresses, address
 
 if TYPE_CHECKING:
     from idlm.model.adapter import HeadBlock, SamplerHead

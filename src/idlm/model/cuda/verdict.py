@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
-from idlm.model.choice_kernel import CHUNK, best_of_chunks, first_best
-from idlm.model.cuda_head import Draw
-from idlm.model.noise_kernel import exponential, key_of, uniform
+from idlm.model.cuda.choice import CHUNK, best_of_chunks, first_best
+from idlm.model.cuda.head import Draw
+from idlm.model.cuda.noise import exponential, key_of, uniform
 
 
 def greedy_verdict(
@@ -16,7 +16,7 @@ def greedy_verdict(
     """`decoding.verify.Verdict` of greedy requests: ``accepted_B``, ``next_B``, ``overlap_BM``.
 
     Args:
-        logits_BNV: as in `choice_kernel.argmax`; row ``i`` predicts ``d_{i+1}``.
+        logits_BNV: as in `choice.argmax`; row ``i`` predicts ``d_{i+1}``.
         tokens_BM: ``d_1 .. d_M``, int64; the rows are dense, but may lie anywhere.
         count_B: how many of them are drafts, int64.
     """

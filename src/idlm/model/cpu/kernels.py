@@ -1,4 +1,4 @@
-"""Row-invariant CPU kernels, compiled from cpu_kernels.c on first use.
+"""Row-invariant CPU kernels, compiled from kernels.c on first use.
 
 A row's result is bitwise the same whatever the number of rows in the call and wherever the row
 stands, and an in-flight key counts exactly as a cached one. So a forward pass over drafts and
@@ -31,7 +31,7 @@ from torch import nn
 from idlm.errors import ResourceError
 from idlm.model.cache import models_folder
 
-_SOURCE = Path(__file__).with_name("cpu_kernels.c")
+_SOURCE = Path(__file__).with_name("kernels.c")
 # No contraction: only explicit FMAs, so that every specialisation of a kernel rounds alike.
 _FLAGS = [
     "-std=gnu11",

@@ -16,13 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from idlm.model.residual import FusedResidual, PlainResidual
+from idlm.model.cuda.residual import FusedResidual, PlainResidual
 
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear
     from idlm.model.attention import PagedAttention
+    from idlm.model.cuda.projection import LowRank
     from idlm.model.decoder import Decoder, Layer, Linear
-    from idlm.model.projection_kernel import LowRank
 
 # Up to so many rows of all requests the weights' bytes are what a product costs, and the fused
 # kernel reads them as fast as it goes; above, the library's product is faster, unless the weights
@@ -58,8 +58,8 @@ def run(
         ``hidden_BRH``.
     """
     # Not at the top: there may be no Triton here.
-    from idlm.model.paged_kernel import Rows, attend, rotate_and_append
-    from idlm.model.rows_kernel import enter
+    from idlm.model.cuda.paged_attention import Rows, attend, rotate_and_append
+    from idlm.model.cuda.rows import enter
 
     B, R = positions_BR.shape
     rows = Rows(
@@ -142,7 +142,7 @@ def _updates(decoder: Decoder, adapter: Adapter, *, merge: bool) -> _Updates:
 
 def _low_rank(lora: LoraLinear, base: Linear | None) -> LowRank:
     """The update, merged with ``base`` if there is one."""
-    from idlm.model.projection_kernel import LowRank
+    from idlm.model.cuda.projection import LowRank
 
     modules = tuple(len(B) for B in lora.B)
     B_OZ = torch.cat([B.detach() for B in lora.B]) * lora.scale

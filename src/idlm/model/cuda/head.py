@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from idlm.model.cuda_stack import usable
+from idlm.model.cuda.stack import usable
 
 if TYPE_CHECKING:
     from idlm.model.adapter import HeadBlock, SamplerHead
+    from idlm.model.cuda.projection import Stream
     from idlm.model.decoder import Decoder
-    from idlm.model.projection_kernel import Stream
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def step(
     head: SamplerHead, projected_BW: torch.Tensor, token_BH: torch.Tensor, state_BH: torch.Tensor
 ) -> torch.Tensor:
     """`SamplerHead.step`."""
-    from idlm.model.projection_kernel import begin
+    from idlm.model.cuda.projection import begin
 
     token = begin(token_BH, head.token_norm.weight, head.token_norm.eps or 0.0)
     norm = _blocks(head)[0].state_norm
@@ -58,7 +58,7 @@ def _step(
     head: SamplerHead, projected_BW: torch.Tensor, token: torch.Tensor | Stream, state: Stream
 ) -> Stream:
     """The state before the next place; a ``token`` that is no stream has been normed."""
-    from idlm.model.projection_kernel import add, project
+    from idlm.model.cuda.projection import add, project
 
     given_BW = project(token, head.from_token.weight, addend_NO=projected_BW)
     blocks = _blocks(head)
@@ -87,7 +87,7 @@ def logits(hidden: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
 
 def score(hidden_BH: torch.Tensor, weight_VH: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
     """``[B, K]``, fp32: the logits of the tokens ``ids`` of each row alone."""
-    from idlm.model.score_kernel import score
+    from idlm.model.cuda.score import score
 
     return score(hidden_BH, weight_VH, ids_BK)
 
@@ -116,7 +116,7 @@ def chain(
         first_B: the token before the first place, int64.
         draw: by its position (that of ``first``). None: all are greedy; no distributions then.
     """
-    from idlm.model.score_kernel import begin_chain, draft
+    from idlm.model.cuda.score import begin_chain, draft
 
     B, M, K = ids_BMK.shape
     projected_BMW = head.project(hidden_BMH)
@@ -147,8 +147,8 @@ def chain(
 
 
 def argmax(logits_BRV: torch.Tensor) -> torch.Tensor:
-    """Index of the largest logit of each row (`choice_kernel.argmax`)."""
-    from idlm.model.choice_kernel import argmax
+    """Index of the largest logit of each row (`choice.argmax`)."""
+    from idlm.model.cuda.choice import argmax
 
     return argmax(logits_BRV)
 
@@ -160,15 +160,15 @@ def sample(
     stream: int,
     ids_BRX: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Index of a sample from each row (`choice_kernel.sample`)."""
-    from idlm.model.choice_kernel import sample
+    """Index of a sample from each row (`choice.sample`)."""
+    from idlm.model.cuda.choice import sample
 
     return sample(probs_BRX, seed_B, position_BR.contiguous(), stream, ids_BRX)
 
 
 def uniform(seed_B: torch.Tensor, position_BR: torch.Tensor, stream: int) -> torch.Tensor:
-    """Numbers in (0, 1) (`choice_kernel.uniform`)."""
-    from idlm.model.choice_kernel import uniform
+    """Numbers in (0, 1) (`choice.uniform`)."""
+    from idlm.model.cuda.choice import uniform
 
     return uniform(seed_B, position_BR.contiguous(), stream)
 
@@ -179,7 +179,7 @@ def best_of_groups(logits_BRV: torch.Tensor, k: int) -> torch.Tensor:
     The likeliest of all is among them, and of the others those that no likelier one stands in the
     way of; a reduction finds them, where the exact ``k`` likeliest would have to be sorted out.
     """
-    from idlm.model.choice_kernel import best_of_groups
+    from idlm.model.cuda.choice import best_of_groups
 
     return best_of_groups(logits_BRV, k)
 
@@ -190,14 +190,14 @@ def verdict(
     draw: Draw | None,
     accept_stream: int | None,
 ) -> tuple[torch.Tensor, ...]:
-    """Accepted drafts, the next token and the overlap (`verdict_kernel`).
+    """Accepted drafts, the next token and the overlap (`verdict`).
 
     Args:
         drafts: tokens, candidates, their probabilities and how many count.
         draw: None: all are greedy.
         accept_stream: None: the coupled rule.
     """
-    from idlm.model.verdict_kernel import greedy_verdict, sampled_verdict
+    from idlm.model.cuda.verdict import greedy_verdict, sampled_verdict
 
     tokens_BM, ids_BMK, probs_BMK, count_B = drafts
     if draw is None:
@@ -206,14 +206,14 @@ def verdict(
 
 
 def settle(*given: Any) -> tuple[torch.Tensor, ...]:
-    """What follows from a verdict (`verdict_kernel.settle`)."""
-    from idlm.model.verdict_kernel import settle
+    """What follows from a verdict (`verdict.settle`)."""
+    from idlm.model.cuda.verdict import settle
 
     return settle(*given)
 
 
 def arrange(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, positions and visibility of the rows of a forward (`rows_kernel.arrange`)."""
-    from idlm.model.rows_kernel import arrange
+    """Tokens, positions and visibility of the rows of a forward (`rows.arrange`)."""
+    from idlm.model.cuda.rows import arrange
 
     return arrange(*given)

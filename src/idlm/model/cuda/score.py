@@ -5,10 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
-from idlm.model.choice_kernel import first_best
-from idlm.model.cuda_head import Draw
-from idlm.model.noise_kernel import exponential, key_of
-from idlm.model.projection_kernel import Stream
+from idlm.model.cuda.choice import first_best
+from idlm.model.cuda.head import Draw
+from idlm.model.cuda.noise import exponential, key_of
+from idlm.model.cuda.projection import Stream
 
 TOKENS, INPUTS = 16, 128
 

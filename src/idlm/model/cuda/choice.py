@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from idlm.model.noise_kernel import exponential, key_of
-from idlm.model.noise_kernel import uniform as open_uniform
+from idlm.model.cuda.noise import exponential, key_of
+from idlm.model.cuda.noise import uniform as open_uniform
 
 # Tokens of a program that looks for the likeliest; groups and depth of one that takes the best of
 # each group.

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from idlm.model import cpu_kernels
 from idlm.model.attention import PagedAttention
-from idlm.model.cpu_kernels import Addresses, Pages, address
+from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cpu.kernels import Addresses, Pages, address
 
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
+    from idlm.model.cuda.projection import LowRank
     from idlm.model.decoder import Linear, RMSNorm
-    from idlm.model.projection_kernel import LowRank
 
     Update = tuple[LowRank | None, int]  # and the first row that it acts on
 
@@ -28,7 +28,7 @@ class FusedResidual:
 
     def __init__(self, x_NH: torch.Tensor, norm: RMSNorm) -> None:
         # Not at the top: there may be no Triton here.
-        from idlm.model import projection_kernel
+        from idlm.model.cuda import projection as projection_kernel
 
         self._kernel = projection_kernel
         self._stream = projection_kernel.begin(x_NH, norm.weight, norm.eps)

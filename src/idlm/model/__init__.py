@@ -1,0 +1,1 @@
+"""Decoder, adapter, checkpoints and tokenizer, and kernels for each kind of device."""

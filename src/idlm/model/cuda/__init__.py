@@ -1,0 +1,1 @@
+"""The decoder's layers, the sampler head and what they consist of, as Triton kernels."""
