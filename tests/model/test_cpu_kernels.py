@@ -460,7 +460,7 @@ def run_python(code: str, **environment: str) -> subprocess.Popen[str]:
 
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
     code = (
-        "import torch; from idlm.model import cpu_kernels as c\n"
+        "import torch; from idlm.model.cpu import kernels as c\n"
         "with torch.inference_mode(): print(c.linear(torch.ones(2, 8), torch.ones(1, 8)).sum())"
     )
     processes = [run_python(code, IDLM_CACHE=str(tmp_path)) for _ in range(2)]
@@ -484,7 +484,7 @@ def test_without_a_compiler_one_warning_says_what_to_do(
 
 def test_runs_on_the_thread_pool_of_torch() -> None:
     code = (
-        "import torch, os; from idlm.model import cpu_kernels as c\n"
+        "import torch, os; from idlm.model.cpu import kernels as c\n"
         "torch.set_num_threads(2)\n"
         "x, w = torch.ones(8, 512), torch.ones(4096, 512)\n"
         "with torch.inference_mode():\n"
