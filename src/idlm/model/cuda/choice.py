@@ -43,8 +43,7 @@ def sample(
     """
     B, R, X = probs_BRX.shape
     chunks = triton.cdiv(X, CHUNK)
-    values_XC = torch.empty((B * R, chunks), dtype=torch.float32, device=probs_BRX.device)
-    indices_XC = torch.empty((B * R, chunks), dtype=torch.int32, device=probs_BRX.device)
+    values_XC, indices_XC = _best_places(B * R, chunks, probs_BRX.device)
     _sample_chunk[(B * R, chunks)](
         probs_BRX,
         *probs_BRX.stride()[:2],
@@ -116,8 +115,7 @@ def best_of_chunks(logits_BRV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """Largest logit (fp32) and its index (int32) of each chunk of each row, ``[B * R, C]``."""
     B, R, V = logits_BRV.shape
     chunks = triton.cdiv(V, CHUNK)
-    values_XC = torch.empty((B * R, chunks), dtype=torch.float32, device=logits_BRV.device)
-    indices_XC = torch.empty((B * R, chunks), dtype=torch.int32, device=logits_BRV.device)
+    values_XC, indices_XC = _best_places(B * R, chunks, logits_BRV.device)
     _best_of_chunk[(B * R, chunks)](
         logits_BRV,
         values_XC,
@@ -129,6 +127,12 @@ def best_of_chunks(logits_BRV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         num_warps=4,
     )
     return values_XC, indices_XC
+
+
+def _best_places(rows: int, chunks: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the best value (fp32) of each chunk of each row, and its index (int32)."""
+    values_XC = torch.empty((rows, chunks), dtype=torch.float32, device=device)
+    return values_XC, torch.empty((rows, chunks), dtype=torch.int32, device=device)
 
 
 @triton.jit
