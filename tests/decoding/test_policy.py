@@ -83,6 +83,19 @@ def test_many_rows_are_not_tried_where_a_few_have_cost_much() -> None:
     assert policy.chosen["ar:1"] > 150
 
 
+@pytest.mark.parametrize(("ar", "base", "row"), [(0.74, 0.89, 0.003), (0.94, 1.15, 0.037)])
+def test_dear_first_masks_do_not_speak_for_the_next(ar: float, base: float, row: float) -> None:
+    """As measured on an H200: the sampler head costs much, 16 rows hardly more than 3."""
+    policy = Policy(plans(7))
+    cost = {p: 1e-3 * (ar if p.name == "ar" else base + row * p.num_rows) for p in plans(7)}
+    for _ in range(400):
+        plan = policy.choose(32)
+        policy.took(32, plan, cost[plan])
+        policy.saw(plan.block_size, plan.block_size if policy.chosen.total() % 3 else 0)
+    rates = {plan: policy.tokens(plan) / cost[plan] for plan in plans(7)}
+    assert rates[policy.choose(32)] > 0.95 * max(rates.values())
+
+
 def test_plans_have_no_more_masks_than_were_trained() -> None:
     assert {plan.stride for plan in plans(3)} == {1, 2, 3, 4}
     assert plans(0) == (Layout.named("ar", 1),)

@@ -18,6 +18,9 @@ BETTER, PATIENCE = 1.05, 8
 ACCEPTANCE, WORTH = 0.8, 8.0
 # Forwards before a plan's cost is believed: the first ones set up what is needed.
 TRIES = 3
+# What a further row is taken to cost at least, of what a row has cost on average so far: the first
+# masks bring the sampler head with them, the next ones may fit beside.
+FURTHER = 0.25
 # Observations of a place that count; older ones fade.
 MEMORY = 1000.0
 STRIDES = {"linear": (2, 4), "quadratic": (2, 3, 4, 6, 8)}
@@ -126,12 +129,9 @@ class Policy:
 
 
 def _least(known: Sequence[tuple[int, float]], rows: int) -> float:
-    """Seconds that so many rows take at least: each further one costs what the others did or more.
-
-    Rows are free while the weights' bytes are what a forward costs, and cost the more from there.
-    """
+    """Seconds that so many rows are taken to cost at least, given what fewer rows cost."""
     (fewest, cheapest), (most, dearest) = known[0], known[-1]
-    return dearest + (dearest - cheapest) / max(most - fewest, 1) * (rows - most)
+    return dearest + FURTHER * (dearest - cheapest) / max(most - fewest, 1) * (rows - most)
 
 
 def _size(requests: int) -> int:
