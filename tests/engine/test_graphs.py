@@ -15,7 +15,7 @@ from idlm import LLM, SamplingParams
 from idlm.decoding.cycle import Method, Outcome
 from idlm.decoding.layout import Layout
 from idlm.decoding.propose import num_candidates
-from idlm.engine.engine import GATHER_STEPS, Engine
+from idlm.engine.engine import GATHER, GATHER_STEPS, Engine
 from idlm.engine.graphs import Graphs, Inputs, Texts
 from idlm.engine.kv_cache import KVCache
 from tests.support.random_model import random_adapter, random_config, random_decoder
@@ -146,8 +146,8 @@ def test_a_few_prompts_wait_for_each_other(llm: LLM, model: Any) -> None:
     late = engine.add([8] * 4, params)
     engine.step()
     assert late.started == 0  # it would take a forward of its own
-    for i in range(2):
-        engine.add([6 - i] * 4, params)
+    for i in range(40 // GATHER - 1):
+        engine.add([7 - i] * 4, params)
     engine.step()
     assert late.started > 0
     alone = engine.add([4] * 4, params)
