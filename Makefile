@@ -15,7 +15,7 @@ help:  ## list the targets
 
 demo: $(VENV)/.demo  ## set up, then generate text with AR and I-DLM and compare them
 	@echo "== demo: the same prompt with the plain model and with I-DLM (the first run fetches the model)"
-	@$(BIN)/idlm generate --compare --layout linear "$(PROMPT)"
+	@$(BIN)/idlm generate --compare --stride 4 --layout linear "$(PROMPT)"
 
 test: $(VENV)/.dev  ## set up, then run the tests
 	@echo "== test: pytest in two processes, without the tests that need a GPU"

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--no-transformers", action="store_true")
     args = parser.parse_args()
 
-    llm = LLM(dtype=args.dtype, device=args.device)
+    llm = LLM(stride=4, dtype=args.dtype, device=args.device)
     reference = AutoModelForCausalLM.from_pretrained(checkpoint.resolve(None), dtype=llm.dtype)
     reference = reference.to(llm.device).eval()
     reference.generation_config.eos_token_id = None

@@ -56,7 +56,7 @@ def main() -> None:
 
 def offline(max_tokens: int) -> list[str]:
     """The text of every variant."""
-    llm = LLM(layout="linear")
+    llm = LLM(stride=4, layout="linear")
     messages = [[{"role": "user", "content": PROMPTS[i % len(PROMPTS)]}] for i in range(VARIANTS)]
     params = [
         SamplingParams(temperature=TEMPERATURE, seed=i, max_tokens=max_tokens)

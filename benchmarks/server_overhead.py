@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    llm = LLM(layout="linear", max_batch=args.clients)
+    llm = LLM(stride=4, layout="linear", max_batch=args.clients)
     messages = [
         [{"role": "user", "content": PROMPTS[i % len(PROMPTS)]}] for i in range(args.requests)
     ]

@@ -80,7 +80,7 @@ SAMPLED = [
 
 @pytest.fixture(scope="module")
 def llm(default_model_dir: Path) -> LLM:
-    return LLM(dtype="float32", max_batch=20)
+    return LLM(stride=4, dtype="float32", max_batch=20)
 
 
 def encode(llm: LLM, kind: str) -> list[list[int]]:
@@ -140,7 +140,7 @@ def test_greedy_is_that_of_transformers(
     ],
 )
 def coupled(request: pytest.FixtureRequest, default_model_dir: Path) -> LLM:
-    return LLM(dtype=request.param, verification="coupled", device="cpu")
+    return LLM(stride=4, dtype=request.param, verification="coupled", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from idlm.decoding.cycle import Method
-from idlm.decoding.layout import Layout
+from idlm.decoding.layout import LAYOUTS, Layout
 from idlm.decoding.metrics import DecodeStats
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.policy import Policy, plans
@@ -80,11 +80,12 @@ class LLM:
         model: folder in Hugging Face form, GGUF file or hub id; None: SmolLM2-135M-Instruct.
         adapter: folder or hub id of an adapter; None: ours for the default model, else none;
             "none": the bare base model, decoded autoregressively.
-        stride: tokens that one forward may commit, 1 to 16; ``auto``: layout and stride of every
-            forward are chosen by what it costs here and what it brings (`idlm.decoding.policy`).
-        layout: ``quadratic``, ``linear`` or ``ar`` (see `idlm.decoding.layout`).
-        verification: ``rejection`` or ``coupled`` (see `idlm.decoding.verify`). Beside ``auto``
-            only ``coupled`` gives the same text for the same seed again.
+        stride: tokens that one forward may commit, 1 to 16; ``auto``: the one of every forward is
+            chosen by what it costs here and what it brings (`idlm.decoding.policy`).
+        layout: ``quadratic``, ``linear`` or ``ar`` (see `idlm.decoding.layout`); ``auto``: chosen
+            with the stride, or quadratic if that is given.
+        verification: ``rejection`` or ``coupled`` (see `idlm.decoding.verify`); ``auto``: coupled
+            where strides are chosen, as only that gives a seed's text again then, else rejection.
         device: ``auto`` (CUDA if there is one), ``cpu``, ``cuda`` or ``cuda:1`` ...
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
         max_batch: requests that run at once; more wait.
@@ -99,16 +100,17 @@ class LLM:
         model: str | Path | None = None,
         adapter: str | Path | None = None,
         *,
-        stride: int | str = 4,
-        layout: str = "quadratic",
-        verification: str = "rejection",
+        stride: int | str = "auto",
+        layout: str = "auto",
+        verification: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
         max_batch: int = 32,
         kv_cache_tokens: int | None = None,
     ) -> None:
         rows = _rows(layout, stride)
-        check_rule(verification)
+        if verification != "auto":
+            check_rule(verification)
         self.device = _device(device)
         self.dtype = _dtype(dtype, self.device)
         folder = checkpoint.resolve(model)
@@ -133,10 +135,12 @@ class LLM:
         self.tokenizer = Tokenizer.load(folder)
         self._max_batch = max_batch
         self._plans = plans(MOST_MASKS if loaded is None else loaded.config.block_size)
+        self._policies: dict[str, Policy] = {}  # by layout; those over the same weights share them
+        self._layouts, self._verification = layout, verification
         chooses = stride == "auto" and rows.num_masks > 0
-        self._policy = Policy(self._plans) if chooses else None
-        longest = max(self._plans if chooses else [rows], key=lambda x: x.num_rows)
-        self._method = Method(decoder, loaded, rows, verification)
+        self._policy = self._policy_of(layout) if chooses else None
+        longest = max(self._policy.plans if self._policy else [rows], key=lambda x: x.num_rows)
+        self._method = Method(decoder, loaded, rows, self._rule(chooses))
         self._cache = KVCache(
             config,
             self.device,
@@ -162,6 +166,11 @@ class LLM:
         return self._policy is not None
 
     @property
+    def layouts(self) -> str:
+        """The layout that was asked for; ``auto``: any, if the stride is ``auto`` too."""
+        return self._layouts
+
+    @property
     def verification(self) -> str:
         """The rule by which drafts are tested."""
         return self._method.rule
@@ -181,14 +190,18 @@ class LLM:
         return self._with(None, Layout.named("ar", 1), self.verification)
 
     def with_layout(self, layout: str, stride: int | str, verification: str | None = None) -> LLM:
-        """The same model over the same weights in another layout (None: by the same rule).
+        """The same model over the same weights in another layout, as in `LLM`.
 
-        One that chooses its strides shares what this one knows of their cost.
+        Args:
+            verification: None: what was asked for when the model was loaded.
+        One that chooses its strides shares what others of the same layout know of their cost.
         """
-        rule = self.verification if verification is None else check_rule(verification)
+        chooses = stride == "auto" and layout != "ar"
+        rule = self._rule(chooses) if verification is None else check_rule(verification)
         other = self._with(self._method.adapter, _rows(layout, stride), rule)
-        if stride == "auto":
-            other._policy = self._policy or Policy(self._plans)
+        other._layouts = layout
+        if chooses:
+            other._policy = self._policy_of(layout)
         return other
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -196,11 +209,8 @@ class LLM:
         self._engine.check(prompt_token_ids, params)
 
     def new_engine(self) -> Engine:
-        """An engine over the same weights and cache, for a caller that steps it by itself.
-
-        On CUDA, the first one that chooses its strides has tried them when this returns.
-        """
-        engine = Engine(
+        """An engine over the same weights and cache, for a caller that steps it by itself."""
+        return Engine(
             self._method,
             self.tokenizer,
             cache=self._cache,
@@ -208,9 +218,6 @@ class LLM:
             max_batch=self._max_batch,
             policy=self._policy,
         )
-        if self._policy and not self._policy.experienced and self.device.type == "cuda":
-            engine.warm_up()
-        return engine
 
     def generate(
         self,
@@ -265,6 +272,18 @@ class LLM:
     def _engine(self) -> Engine:
         """What `generate` and `stream` run on; made when it is first needed."""
         return self.new_engine()
+
+    def _rule(self, chooses: bool) -> str:
+        """How drafts are tested, if strides are chosen or not."""
+        if self._verification != "auto":
+            return self._verification
+        return "coupled" if chooses else "rejection"
+
+    def _policy_of(self, layout: str) -> Policy:
+        if layout not in self._policies:
+            names = ("ar", layout) if layout != "auto" else LAYOUTS
+            self._policies[layout] = Policy([x for x in self._plans if x.name in names])
+        return self._policies[layout]
 
     def _with(self, adapter: Adapter | None, layout: Layout, rule: str) -> LLM:
         other = object.__new__(LLM)
@@ -389,9 +408,8 @@ def _each(
 
 def _rows(layout: str, stride: int | str) -> Layout:
     """The rows of a forward; beside ``auto``, of those for which nothing is chosen."""
-    if stride == "auto":
-        return Layout.named("quadratic", 4)
-    return Layout.named(layout, stride)  # type: ignore[arg-type]  # which refuses other words
+    name = "quadratic" if layout == "auto" else layout
+    return Layout.named(name, 4 if stride == "auto" else stride)  # type: ignore[arg-type]
 
 
 def _adapter_folder(model: str | Path | None, adapter: str | Path | None) -> Path | None:

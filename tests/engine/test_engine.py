@@ -19,14 +19,14 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 @pytest.fixture(scope="module")
 def llm(default_model_dir: object) -> LLM:
     """The default model, most of whose drafts are good."""
-    return LLM()
+    return LLM(stride=4)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """A random model, whose drafts rarely are; two requests run at once."""
     folder = tiny_model(tmp_path_factory.mktemp("tiny"), mask_token_id=7)
-    return LLM(folder, dtype="float32", max_batch=2)
+    return LLM(folder, stride=4, dtype="float32", max_batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_two_streams_at_once_do_not_mix(tiny: LLM) -> None:
 
 def test_the_context_is_a_limit(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path, max_position_embeddings=64, mask_token_id=7)
-    llm = LLM(folder, dtype="float32")
+    llm = LLM(folder, stride=4, dtype="float32")
     assert llm.layout.num_rows == 16  # rows beyond the context are no tokens: they do not count
     for room in (3, 1):
         params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=99)
@@ -236,3 +236,18 @@ def test_mask_token_is_never_sampled(tmp_path: Path, layout: str, stride: int) -
         )
         [output] = llm.generate("Hello", params)
         assert len(output.token_ids) == 12 and 7 not in output.token_ids
+
+
+def test_strides_are_chosen_unless_one_is_given(tmp_path: Path) -> None:
+    llm = LLM(tiny_model(tmp_path, mask_token_id=7), dtype="float32")
+    assert (llm.auto, llm.layouts, llm.verification) == (True, "auto", "coupled")
+    linear = llm.with_layout("linear", "auto")
+    params = [SamplingParams(temperature=t, seed=3, max_tokens=40, ignore_eos=True) for t in (0, 1)]
+    expected = [o.token_ids for o in llm.autoregressive().generate(["a", "b"], params)]
+    for each in (llm, linear):
+        assert [o.token_ids for o in each.generate(["a", "b"], params)] == expected
+    names = {plan.partition(":")[0] for plan in linear.new_engine().stats.plans}
+    assert "linear" in names and "quadratic" not in names
+    fixed = llm.with_layout("auto", 4)
+    assert (fixed.auto, fixed.layout.name, fixed.verification) == (False, "quadratic", "rejection")
+    assert not llm.with_layout("ar", "auto").auto

@@ -32,7 +32,9 @@ SCHEMA = {
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """A random model: what it would say by itself never fits a grammar."""
-    return LLM(tiny_model(tmp_path_factory.mktemp("tiny"), mask_token_id=7), dtype="float32")
+    return LLM(
+        tiny_model(tmp_path_factory.mktemp("tiny"), mask_token_id=7), stride=4, dtype="float32"
+    )
 
 
 @pytest.mark.parametrize("layout", ["ar", "linear", "quadratic"])
@@ -144,5 +146,5 @@ def _shared() -> LLM:
         from tempfile import mkdtemp
 
         folder = tiny_model(Path(mkdtemp()), mask_token_id=7)
-        _CACHE.append(LLM(folder, dtype="float32"))
+        _CACHE.append(LLM(folder, stride=4, dtype="float32"))
     return _CACHE[0]

@@ -36,7 +36,7 @@ PARAMS: list[dict[str, Any]] = [
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """A random model, for its tokenizer; context 512."""
     folder = tiny_model(tmp_path_factory.mktemp("tiny"), mask_token_id=7)
-    return LLM(folder, dtype="float32", device=DEVICE.type)
+    return LLM(folder, stride=4, dtype="float32", device=DEVICE.type)
 
 
 @pytest.fixture(scope="module")

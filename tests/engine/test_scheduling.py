@@ -45,7 +45,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """A random model, for its tokenizer; context 512."""
-    return LLM(tiny_model(tmp_path_factory.mktemp("tiny"), mask_token_id=7), dtype="float32")
+    return LLM(
+        tiny_model(tmp_path_factory.mktemp("tiny"), mask_token_id=7), stride=4, dtype="float32"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -444,7 +446,7 @@ def test_by_default_the_cache_has_room_for_the_whole_batch(llm: LLM) -> None:
 
 def test_layouts_of_one_model_share_its_memory(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path, mask_token_id=7)
-    llm = LLM(folder, dtype="float32", kv_cache_tokens=128)
+    llm = LLM(folder, stride=4, dtype="float32", kv_cache_tokens=128)
     ar = llm.autoregressive()
     prompt, params = list(range(3, 53)), SamplingParams(temperature=0, max_tokens=9)
     expected = llm.generate(prompt, params)[0].token_ids

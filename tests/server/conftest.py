@@ -15,7 +15,7 @@ from tests.support.tiny import tiny_model
 def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """A random model that proposes drafts too; context 512."""
     folder = tiny_model(tmp_path_factory.mktemp("tiny"), mask_token_id=7)
-    return LLM(folder, dtype="float32", max_batch=4)
+    return LLM(folder, stride=4, dtype="float32", max_batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -28,4 +28,4 @@ def live(tiny_llm: LLM) -> Iterator[Live]:
 @pytest.fixture(scope="session")
 def default_llm(default_model_dir: object) -> LLM:
     """The default model with its adapter."""
-    return LLM(layout="linear", max_batch=8)
+    return LLM(stride=4, layout="linear", max_batch=8)

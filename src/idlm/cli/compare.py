@@ -73,8 +73,8 @@ def run(args: argparse.Namespace, llm: LLM, prompt: str, params: SamplingParams)
     ar = print_stream(stream(ar_llm, prompt, params, raw=args.raw), terminal)
     terminal.line(figures(ar.stats), "dim")
     terminal.line()
-    way = f"{args.layout} layout, up to {args.stride} tokens per forward"
-    if args.stride == "auto":
+    way = f"{llm.layout.name} layout, up to {llm.layout.stride} tokens per forward"
+    if llm.auto:
         way = "layout and stride by cost and gain"
     terminal.line(f"I-DLM, {way}:", "bold")
     colours = SourceColours(llm.tokenizer) if args.show and terminal.coloured else None

@@ -23,23 +23,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stride",
         type=stride,
-        default=4,
+        default="auto",
         metavar="N",
-        help="most tokens per forward (default: 4), or 'auto': layout and stride follow what a "
-        "forward costs here and what it brings",
+        help="most tokens per forward, or 'auto' (the default): it follows what a forward costs "
+        "here and what it brings",
     )
     group.add_argument(
         "--layout",
-        choices=("ar", "linear", "quadratic"),
-        default="quadratic",
+        choices=("auto", "ar", "linear", "quadratic"),
+        default="auto",
         help="rows of a forward: a mask block after the last draft (linear) or after every draft "
-        "(quadratic, the default)",
+        "(quadratic); auto (the default): chosen with the stride, or quadratic if that is given",
     )
     group.add_argument(
         "--verification",
-        choices=("rejection", "coupled"),
-        help="how drafts are tested, both exact: rejection (default) accepts more; coupled gives "
-        "token for token what the base model alone gives for the same seed",
+        choices=("auto", "rejection", "coupled"),
+        default="auto",
+        help="how drafts are tested, both exact: rejection accepts more; coupled gives token for "
+        "token what the base model alone gives for the same seed; auto (the default): coupled with "
+        "'--stride auto', else rejection",
     )
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: auto)")
     group.add_argument(
@@ -107,7 +109,7 @@ def load_llm(args: argparse.Namespace, **given: Any) -> LLM:
         args.adapter,
         stride=args.stride,
         layout=args.layout,
-        verification=args.verification or "rejection",
+        verification=args.verification,
         device=args.device,
         dtype=args.dtype,
         **given,

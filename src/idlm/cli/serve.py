@@ -100,9 +100,6 @@ def run(args: argparse.Namespace) -> None:
         raise ResourceError(
             f"`idlm serve` needs {error.name}: pip install 'idlm[server]'."
         ) from error
-    auto = args.stride == "auto"
-    if auto and args.verification is None:
-        args.verification = "coupled"  # a seed gives the same text again, whatever is chosen
     listener = _listen(args.host, args.port)
     llm = options.load_llm(args, max_batch=args.max_batch, kv_cache_tokens=args.kv_cache_tokens)
     name = args.name or model_name(args.model)
@@ -122,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"Serving {name} at http://{shown}:{port}", file=sys.stderr, flush=True)
-    if auto and args.verification == "rejection":
+    if llm.auto and llm.verification == "rejection":
         logger.warning(
             "With --stride auto and --verification rejection a seed does not give the same text "
             "again; with --verification coupled it does."

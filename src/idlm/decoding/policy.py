@@ -52,11 +52,6 @@ class Policy:
         self._reached, self._accepted = [0.0] * places, [0.0] * places
         self._current: dict[int, tuple[Layout, int]] = {}
 
-    @property
-    def experienced(self) -> bool:
-        """Whether it was told of any forward's cost."""
-        return bool(self._tries)
-
     def choose(self, requests: int) -> Layout:
         """The plan of the next forward of so many requests."""
         size = _size(requests)

@@ -173,7 +173,7 @@ class Planner:
     def _chosen_method(self, body: GenerationBody) -> MethodKey:
         own = self._method
         stride = own.stride if body.stride is None else body.stride
-        layout = "quadratic" if own.layout in ("ar", "auto") else own.layout
+        layout = "auto" if own.layout == "ar" else own.layout
         rule = body.verification or own.verification
         return MethodKey.of(self._llm.with_layout(layout, stride, rule))  # or it says why not
 

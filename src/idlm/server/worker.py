@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MethodKey:
-    """How a request wants to be decoded; layout and stride are ``auto`` together."""
+    """How a request wants to be decoded."""
 
     layout: str
     stride: int | Literal["auto"]
@@ -45,7 +45,7 @@ class MethodKey:
     def of(cls, llm: LLM) -> MethodKey:
         """How ``llm`` decodes."""
         if llm.auto:
-            return cls("auto", "auto", llm.verification)
+            return cls(llm.layouts, "auto", llm.verification)
         return cls(llm.layout.name, llm.layout.stride, llm.verification)
 
 
@@ -222,6 +222,8 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._waiting: deque[Job] = deque()
         self._lanes = [self._new_lane(self.method, shared=True)]
+        if llm.device.type == "cuda":
+            self._lanes[0].engine.warm_up()  # before there is anybody to wait for it
         self._news: list[Update] = []
         self._live, self._live_lock = 0, threading.Lock()
         self._deadline: float | None = None

@@ -89,7 +89,7 @@ def test_tokens_per_forward_are_those_of_the_embedded_engine(
     # The host reads a prompt without masks, so its second token needs a forward of its own.
     tokens = sum(len(r["output_ids"]) - 2 for r in replies)
     ours = tokens / sum(r["meta_info"]["spec_verify_ct"] - 1 for r in replies)
-    llm = LLM(layout="linear", dtype="float32")
+    llm = LLM(stride=4, layout="linear", dtype="float32")
     params = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
     outputs = llm.generate(asked, params)
     assert [o.token_ids for o in outputs] == plain.greedy

@@ -28,7 +28,7 @@ EACH: list[dict[str, Any]] = [
 def test_text_and_forwards_of_one_rank(default_model_dir: Path, tmp_path: Path) -> None:
     model, adapter = pad_default_model(tmp_path, default_model_dir)
     asked = prompts(default_model_dir)[: len(EACH)]
-    llm = LLM(layout="linear", verification="coupled", dtype="float32")
+    llm = LLM(stride=4, layout="linear", verification="coupled", dtype="float32")
     params = [SamplingParams(**p, max_tokens=LENGTH, ignore_eos=True) for p in EACH]
     outputs = llm.generate(asked, params)
     options = (*SPEC, "--speculative-draft-model-path", str(adapter))
