@@ -63,6 +63,10 @@ class Policy:
         self.chosen[f"{plan.name}:{plan.stride}"] += 1
         return plan
 
+    def current(self, requests: int) -> Layout:
+        """The plan of the last forward of about so many requests."""
+        return self._current.get(_size(requests), (self.plans[0], 0))[0]
+
     def took(self, requests: int, plan: Layout, seconds: float) -> None:
         """Note what a forward of so many requests cost."""
         key = _size(requests), plan

@@ -303,7 +303,7 @@ class Engine:
     def _prefill(self, requests: list[Request]) -> None:
         """Run the rest of these prompts, and begin their answers."""
         try:
-            launch = self._runner.prefill(requests)
+            launch = self._runner.prefill(self._first_method(), requests)
         except Exception as error:
             self._failed_forwards += 1
             if len(requests) == 1:
@@ -316,6 +316,15 @@ class Engine:
         for row, request in enumerate(requests):
             request.state = launch.state.one(row)
             self._keep(request, request.num_tokens)
+
+    def _first_method(self) -> Method:
+        """What prompts run with: no proposals where the others have none either.
+
+        With graphs, where they cost little, all prompts share those of one layout.
+        """
+        if self._policy is None or self._ahead:
+            return self.method
+        return self._method_of[self._policy.current(len(self._scheduler.running))]
 
     def _read(self, count: int) -> list[Request]:
         """Give requests what the oldest ``count`` launches brought; those that got something."""

@@ -74,14 +74,17 @@ class Runner:
             )
         )
 
-    def prefill(self, requests: Sequence[Request]) -> Launch:
-        """Run what is not cached of the prompts, in one forward; the longest sets its width."""
+    def prefill(self, method: Method, requests: Sequence[Request]) -> Launch:
+        """Run what is not cached of the prompts, in one forward; the longest sets its width.
+
+        ``method`` is the runner's own but for the layout.
+        """
         texts = [r.tokens(r.cached, r.num_tokens) for r in requests]
         width = max(map(len, texts))
         if self._graphs is not None:
             width = text_size(width)
         # What fills up has to be somewhere, too: in block 0.
-        end = max(r.cached for r in requests) + width + self.method.layout.block_size
+        end = max(r.cached for r in requests) + width + method.layout.block_size
         blocks = max(-(-end // BLOCK_TOKENS), *(len(r.lease.ids) for r in requests))
         table_BP = upload(
             [r.lease.ids + [0] * (blocks - len(r.lease.ids)) for r in requests],
@@ -94,17 +97,13 @@ class Runner:
         sampling = self.sampling(requests)
         if self._graphs is not None and not any(_by_hand(r) for r in requests):
             try:
-                return self._graphs.prefill(
-                    self.method, table_BP, tokens_BC, count_B, start_B, sampling
-                )
+                return self._graphs.prefill(method, table_BP, tokens_BC, count_B, start_B, sampling)
             except CaptureError as error:
                 self._do_without_graphs(error)
         self._restrict(sampling, requests, Drafts.none(len(requests), self.device))
         k_LNKTD, v_LNKTD = self._cache.k_LNKTD, self._cache.v_LNKTD
         return _launched(
-            cycle.prefill(
-                self.method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, sampling
-            )
+            cycle.prefill(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, sampling)
         )
 
     def takes_nobody(self, requests: Sequence[Request]) -> bool:
