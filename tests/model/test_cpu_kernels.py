@@ -45,7 +45,15 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "width", "features"),
-    [(1, 576, 960), (7, 72, 100), (16, 1536, 64), (130, 31, 33), (5, 16, 3), (3, 1, 1)],
+    [
+        (1, 576, 960),
+        (7, 72, 100),
+        (16, 1536, 64),
+        (130, 31, 33),
+        (5, 16, 3),
+        (3, 1, 1),
+        (40, 1301, 50),
+    ],
 )
 def test_linear_matches_reference(dtype: torch.dtype, rows: int, width: int, features: int) -> None:
     x, w = randn(rows, width, dtype=dtype), randn(features, width, dtype=dtype, seed=1)
@@ -72,8 +80,10 @@ def test_linear_is_row_invariant(
     assert torch.equal(cpu_kernels.linear(x[begin:end], w), everything[begin:end])
 
 
-def test_linear_is_row_invariant_over_row_blocks() -> None:
-    x, w = randn(400, 1536, dtype=torch.bfloat16), randn(40, 1536, dtype=torch.bfloat16, seed=1)
+@pytest.mark.parametrize("width", [601, 1301, 1536])  # in slices, of one length or not
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_is_row_invariant_over_row_blocks(dtype: torch.dtype, width: int) -> None:
+    x, w = randn(400, width, dtype=dtype), randn(50, width, dtype=dtype, seed=1)
     everything = cpu_kernels.linear(x, w)
     single = torch.cat([cpu_kernels.linear(row[None], w) for row in x])
     assert torch.equal(everything, single)

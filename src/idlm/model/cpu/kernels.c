@@ -32,6 +32,9 @@
 
 #if defined(__AVX512F__)
 #define VL 16
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#define MASKED
+#endif
 #elif defined(__AVX2__) && defined(__FMA__)
 #define VL 8
 #else
@@ -171,6 +174,13 @@ INLINE vf vexp(vf x) {
 
 /* n <= VL elements at p as fp32 in order, zero-padded. */
 INLINE vf load_vector(const char *p, bool half, int64_t n) {
+#ifdef MASKED
+    if (n < VL) {
+        const __mmask16 first = (__mmask16)((1u << n) - 1);
+        if (!half) return (vf)_mm512_maskz_loadu_ps(first, p);
+        return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, p)), 16);
+    }
+#endif
     if (half) {
         vh h = {0};
         if (n >= VL)
@@ -193,6 +203,16 @@ INLINE vu round_bf16(vf v) {
 
 /* Store the first n <= VL lanes in order. */
 INLINE void store_vector(char *p, bool half, int64_t n, vf v) {
+#ifdef MASKED
+    if (n < VL) {
+        const __mmask16 first = (__mmask16)((1u << n) - 1);
+        if (half)
+            _mm256_mask_storeu_epi16(p, first, _mm512_cvtepi32_epi16((__m512i)round_bf16(v)));
+        else
+            _mm512_mask_storeu_ps(p, first, (__m512)v);
+        return;
+    }
+#endif
     if (half) {
         const vh h = __builtin_convertvector(round_bf16(v), vh);
         memcpy(p, &h, n >= VL ? sizeof h : (size_t)n * 2);
@@ -314,16 +334,17 @@ INLINE void dot_step(vf acc[TALL_RB][OB], const int rows, const int outs, bool h
 }
 
 /* out[r * out_stride + o] = the dot product of row r of the packed tile with weight row o. Four
- * floats are written for each row, `outs` of them count. */
+ * floats are written for each row, `outs` of them count. A product may be taken in slices of whole
+ * groups: the accumulators go on from `from` (NULL: zero) and are left in `to` (NULL: it ends). */
 INLINE void dot_block(float *out, int64_t out_stride, const int rows, const int outs, bool half,
                       const float *x, const char *w, int64_t w_stride, int64_t n, int64_t ahead,
-                      int phase, int period) {
+                      int phase, int period, const vf *from, vf *to) {
     const int64_t group_bytes = GROUP * (half ? 2 : 4), full = n / GROUP;
     vf acc[TALL_RB][OB];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
-        for (int o = 0; o < outs; o++) acc[r][o] = (vf){0};
+        for (int o = 0; o < outs; o++) acc[r][o] = from ? from[r * outs + o] : (vf){0};
     for (int64_t g = 0; g < full; g++) {
         const char *p = w + g * group_bytes;
         if (--phase < 0) {
@@ -334,6 +355,13 @@ INLINE void dot_block(float *out, int64_t out_stride, const int rows, const int 
                     __builtin_prefetch(p + ahead + o * w_stride + line, 0, 2);
         }
         dot_step(acc, rows, outs, half, x + g * rows * GROUP, p, w_stride);
+    }
+    if (to) {
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 16
+            for (int o = 0; o < outs; o++) to[r * outs + o] = acc[r][o];
+        return;
     }
     const int64_t rest = n - full * GROUP;
     if (rest) {
@@ -374,16 +402,21 @@ INLINE int outputs_of(int64_t rows) { return rows > RB ? TALL_OB : OB; }
 /* `rows` <= TALL_RB rows by outputs_of(rows) weight rows; four floats are written per row. */
 #define DEFINE_DOT(NAME)                                                                     \
     static void NAME(float *out, int64_t os, int rows, const float *x, const char *w,        \
-                     int64_t ws, int64_t n, int64_t ahead, int phase, int period) {          \
+                     int64_t ws, int64_t n, int64_t ahead, int phase, int period,            \
+                     const vf *from, vf *to) {                                               \
         if (rows > RB)                                                                       \
             DISPATCH_TALL(rows, NAME##_tall)                                                 \
         else                                                                                 \
             DISPATCH_ROWS(rows, NAME##_block)                                                \
     }
-#define dot_bf16_block(R) dot_block(out, os, R, OB, true, x, w, ws, n, ahead, phase, period)
-#define dot_bf16_tall(R) dot_block(out, os, R, TALL_OB, true, x, w, ws, n, ahead, phase, period)
-#define dot_fp32_block(R) dot_block(out, os, R, OB, false, x, w, ws, n, ahead, phase, period)
-#define dot_fp32_tall(R) dot_block(out, os, R, TALL_OB, false, x, w, ws, n, ahead, phase, period)
+#define dot_bf16_block(R) \
+    dot_block(out, os, R, OB, true, x, w, ws, n, ahead, phase, period, from, to)
+#define dot_bf16_tall(R) \
+    dot_block(out, os, R, TALL_OB, true, x, w, ws, n, ahead, phase, period, from, to)
+#define dot_fp32_block(R) \
+    dot_block(out, os, R, OB, false, x, w, ws, n, ahead, phase, period, from, to)
+#define dot_fp32_tall(R) \
+    dot_block(out, os, R, TALL_OB, false, x, w, ws, n, ahead, phase, period, from, to)
 DEFINE_DOT(dot_bf16)
 DEFINE_DOT(dot_fp32)
 
@@ -410,8 +443,8 @@ INLINE const char *row_at(const Rows *v, int64_t i) {
 INLINE void mix_block(const int rows, const int count, bool half, float *o, int64_t o_stride,
                       const float *const *p, const Rows *v, int64_t first, int64_t end, int64_t at,
                       int64_t n) {
-    vf acc[RB][VB];
-#pragma GCC unroll 8
+    vf acc[TALL_RB][VB];
+#pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
         for (int i = 0; i < count; i++) acc[r][i] = vload(o + r * o_stride + i * VL);
@@ -424,7 +457,7 @@ INLINE void mix_block(const int rows, const int count, bool half, float *o, int6
             for (int i = 0; i < count; i++)
                 vv[i] = count == 1 ? load_vector(vj, half, n)
                                    : load_part(vj + i / 2 * GROUP * (half ? 2 : 4), half, i % 2);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int r = 0; r < rows; r++) {
                 const vf weight = (vf){0} + p[r][w];
 #pragma GCC unroll 8
@@ -432,7 +465,7 @@ INLINE void mix_block(const int rows, const int count, bool half, float *o, int6
             }
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
         for (int i = 0; i < count; i++)
@@ -442,7 +475,10 @@ INLINE void mix_block(const int rows, const int count, bool half, float *o, int6
 INLINE void mix_vector(int rows, bool half, float *o, int64_t o_stride, const float *const *p,
                        const Rows *v, int64_t first, int64_t end, int64_t at, int64_t n) {
 #define MIX_VECTOR(R) mix_block(R, 1, half, o, o_stride, p, v, first, end, at, n)
-    DISPATCH_ROWS(rows, MIX_VECTOR)
+    if (rows > RB)
+        DISPATCH_TALL(rows, MIX_VECTOR)
+    else
+        DISPATCH_ROWS(rows, MIX_VECTOR)
 }
 
 /* ---- linear --------------------------------------------------------------------------------- */
@@ -467,9 +503,12 @@ typedef struct Linear {
 } Linear;
 
 /* Weight rows between two visits to the results. Where several row tiles pass over them, they stay
- * in cache, and each pass prefetches its share of the next ones: fewer then. */
+ * in the L2 cache, and each pass prefetches its share of the next ones. */
 #define CHUNK 48
-#define SHARED_CHUNK 24
+/* Longer products of several tiles are taken in slices of about this many elements, so that a tile
+ * stays in the L1 cache. The accumulators have to wait somewhere meanwhile: fewer outputs then. */
+#define SLICE 600
+#define SLICED_CHUNK 24
 #define AHEAD 16           /* distance of the prefetch in weight rows where there is one tile */
 #define UP 16
 #define SUMS (CHUNK + VL) /* stride of a row of sums: whole vectors may be written at its end */
@@ -484,16 +523,40 @@ INLINE void add_low_rank(const Linear *a, float *sums, int64_t row0, int64_t row
             n = clean - i;
             continue;
         }
-        n = min64(min64(rows - r, a->inner - i), RB);
+        n = min64(min64(rows - r, a->inner - i), TALL_RB);
         const float *z = a->z + (b * a->masks + i - clean) * a->z_row;
         for (int64_t o = begin, part = 0, width; o < end; o += width) {
             while (o >= a->part_end[part]) part++;
             width = min64(min64(VL, UP - o % UP), min64(end, a->part_end[part]) - o);
-            const float *p[RB];
+            const float *p[TALL_RB];
             for (int64_t j = 0; j < n; j++) p[j] = z + j * a->z_row + part * a->rank;
             const Rows up = {.base = a->up + o / UP * a->rank * UP * size, .row_stride = UP * size};
             mix_vector((int)n, half, sums + r * SUMS + o - begin, SUMS, p, &up, 0, a->rank,
                        o % UP * size, width);
+        }
+    }
+}
+
+/* A tile of rows on its way through the weights: pass `phase` of `period` passes over a chunk. */
+typedef struct {
+    const float *x;
+    int64_t rows;
+    int phase, period;
+} Tile;
+
+/* The products of a tile with weight rows begin .. end - 1, in slices of `slice` elements. */
+INLINE void tile_sums(const Linear *a, const Tile *t, float *sums, int64_t begin, int64_t end,
+                      int64_t slice, int64_t ahead, bool half) {
+    const int64_t size = half ? 2 : 4, w_stride = a->in * size, outs = outputs_of(t->rows);
+    vf carried[TALL_RB * (SLICED_CHUNK + OB * TALL_OB)];
+    for (int64_t i = 0; i < a->in; i += slice) {
+        for (int64_t o = begin, at = 0, n; o < end; o += n, at += t->rows * outs) {
+            n = end - o < outs ? 1 : outs; /* the last outputs go one by one: stride 0 */
+            (half ? dot_bf16 : dot_fp32)(sums + o - begin, SUMS, (int)t->rows, t->x + i * t->rows,
+                                         a->w + o * w_stride + i * size, n > 1 ? w_stride : 0,
+                                         min64(slice, a->in - i), ahead, t->phase, t->period,
+                                         i ? carried + at : NULL,
+                                         i + slice < a->in ? carried + at : NULL);
         }
     }
 }
@@ -505,9 +568,8 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
     const int64_t begin = index % a->out_tasks * a->out_block;
     const int64_t end = min64(a->out, begin + a->out_block);
     const int64_t xs = padded(a->in), tiles = ceil_div(rows, TALL_RB), w_stride = a->in * size;
-    float *x = scratch(rows * ((xs + SUMS) * sizeof(float) + sizeof(char *)));
-    float *sums = x + rows * xs;
-    char **y = (char **)(sums + rows * SUMS);
+    float *x = scratch(rows * (xs * sizeof(float) + sizeof(char *)));
+    char **y = (char **)(x + rows * xs);
     for (int64_t t = 0; t < tiles; t++) {
         const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
         for (int64_t r = r0; r < r1; r++) {
@@ -518,8 +580,10 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
         }
     }
 
-    const int64_t step = tiles == 1 ? CHUNK : SHARED_CHUNK;
-    const int64_t ahead = (tiles == 1 ? AHEAD : SHARED_CHUNK) * w_stride;
+    const int64_t slices = tiles == 1 ? 1 : ceil_div(a->in, SLICE);
+    const int64_t slice = padded(ceil_div(a->in, slices));
+    const int64_t step = slices == 1 ? CHUNK : SLICED_CHUNK;
+    const int64_t ahead = (tiles == 1 ? AHEAD : step) * w_stride;
     for (int64_t chunk = begin; chunk < end; chunk += step) {
         const int64_t chunk_end = min64(end, chunk + step);
         if (a->up) { /* wanted when the sums of the chunk are done */
@@ -529,29 +593,27 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
         }
         for (int64_t t = 0; t < tiles; t++) {
             const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-            const int64_t outs = outputs_of(r1 - r0);
-            for (int64_t o = chunk, n; o < chunk_end; o += n) {
-                n = chunk_end - o < outs ? 1 : outs; /* the last outputs go one by one: stride 0 */
-                (half ? dot_bf16 : dot_fp32)(sums + r0 * SUMS + o - chunk, SUMS, (int)(r1 - r0),
-                                             x + r0 * xs, a->w + o * w_stride,
-                                             n > 1 ? w_stride : 0, a->in, ahead, (int)t,
-                                             (int)tiles);
+            for (int64_t r = r0; r < r1; r++)
+                for (int64_t o = chunk * y_size; o < chunk_end * y_size; o += 64)
+                    __builtin_prefetch(y[r] + o, 1, 3);
+            float sums[TALL_RB * SUMS];
+            const Tile tile = {x + r0 * xs, r1 - r0, (int)t, (int)tiles};
+            tile_sums(a, &tile, sums, chunk, chunk_end, slice, ahead, half);
+            if (a->up) {
+                while (atomic_load_explicit(a->down_done, memory_order_acquire) < a->down_tasks)
+                    continue;
+                add_low_rank(a, sums, row0 + r0, r1 - r0, chunk, chunk_end, half);
             }
+            for (int64_t r = r0; r < r1; r++)
+                for (int64_t o = chunk; o < chunk_end; o += VL) {
+                    const int64_t n = chunk_end - o;
+                    char *to = y[r] + o * y_size;
+                    vf v = vload(sums + (r - r0) * SUMS + o - chunk);
+                    if (a->bias) v += load_vector(a->bias + o * size, half, n);
+                    if (a->accumulate) v += load_vector(to, half, n);
+                    store_vector(to, half && !a->wide, n, v);
+                }
         }
-        if (a->up) {
-            while (atomic_load_explicit(a->down_done, memory_order_acquire) < a->down_tasks)
-                continue;
-            add_low_rank(a, sums, row0, rows, chunk, chunk_end, half);
-        }
-        for (int64_t r = 0; r < rows; r++)
-            for (int64_t o = chunk; o < chunk_end; o += VL) {
-                const int64_t n = chunk_end - o;
-                char *to = y[r] + o * y_size;
-                vf v = vload(sums + r * SUMS + o - chunk);
-                if (a->bias) v += load_vector(a->bias + o * size, half, n);
-                if (a->accumulate) v += load_vector(to, half, n);
-                store_vector(to, half && !a->wide, n, v);
-            }
     }
 }
 
@@ -571,7 +633,8 @@ static void linear_task_fp32(const void *a, int64_t index) { linear_or_down_task
 static int64_t cut(Linear *a, int64_t threads) {
     const int64_t budget = 384 * 1024; /* bytes of packed rows: they stay in the L2 cache */
     a->row_block = min64(a->rows, max64(RB, budget / ((a->in + GROUP) * 4) / RB * RB));
-    a->out_block = ceil_div(ceil_div(a->out, threads * 2), OB * TALL_OB) * OB * TALL_OB;
+    const int64_t shares = threads == 1 ? 1 : threads * 2;
+    a->out_block = ceil_div(ceil_div(a->out, shares), OB * TALL_OB) * OB * TALL_OB;
     a->out_tasks = ceil_div(a->out, a->out_block);
     return ceil_div(a->rows, a->row_block) * a->out_tasks;
 }
@@ -731,7 +794,7 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
             const bool direct = even && any == all * 0x01010101u;
             float scores[RB * OB];
             (half ? dot_bf16 : dot_fp32)(direct ? s + count[0] : scores, direct ? ss : OB, rows, q,
-                                         at, stride, D, ahead, 0, 1);
+                                         at, stride, D, ahead, 0, 1, NULL, NULL);
             if (direct) {
                 for (int i = 0; i < rows; i++) count[i] += OB;
                 continue;
@@ -1208,7 +1271,7 @@ INLINE void score_task(const Score *a, int64_t index, bool half) {
         n = end - i < OB ? 1 : OB;
         v4f sums;
         (half ? dot_bf16 : dot_fp32)((float *)&sums, OB, 1, x, w + (i - begin) * width,
-                                     n == OB ? width : 0, a->in, 0, 0, 1);
+                                     n == OB ? width : 0, a->in, 0, 0, 1, NULL, NULL);
         store4((char *)(a->y + row * a->k + i), false, n, sums);
     }
 }
