@@ -38,6 +38,7 @@ class Case:
         self.B_OZ = random(outputs, rank)
         self.bias_O, self.norm_I = random(outputs), random(inputs)
         self.merged = False
+        self.order_N: torch.Tensor | None = None
 
     def residual(self, gated: bool) -> torch.Tensor:
         width = len(self.bias_O) // (2 if gated else 1)
@@ -52,14 +53,14 @@ class Case:
         A, B = there(self.A_ZI), there(self.B_OZ)
         assert x is not None and weight is not None and A is not None and B is not None
         given = begin(x, self.norm_I.to(DEVICE), 1e-5) if norm else x
-        merged = None
+        low_rank = LowRank(A, B, self.modules)
         if self.merged:
-            pairs = zip(A.split(self.rank), B.split(self.modules), strict=True)
-            merged = weight + torch.cat([b @ a for a, b in pairs])
-        low_rank = LowRank(A, B, self.modules, merged)
+            low_rank = low_rank.merged(weight)
         update: dict[str, Any] = {"low_rank": low_rank, "first_mask": self.first_mask}
         if not residual:
-            return project(given, weight, there(self.bias_O, bias), gated=gated, **update).cpu()
+            order = None if self.order_N is None else there(self.order_N)
+            given_bias = there(self.bias_O, bias)
+            return project(given, weight, given_bias, gated=gated, order_N=order, **update).cpu()
         assert not norm and not gated
         before = begin(self.residual(gated).to(DEVICE), self.bias_O.to(DEVICE), 1e-5)
         after = add(before, x, weight, norm_H=self.bias_O.to(DEVICE), eps=1e-5, **update)
@@ -86,7 +87,9 @@ class Case:
         y = x @ weight.T
         pairs = zip(A_ZI.split(self.rank), B_OZ.split(self.modules), strict=True)
         update = torch.cat([x @ A.T @ B.T for A, B in pairs], dim=-1)
-        y[self.first_mask :] += update[self.first_mask :]
+        order_N = torch.arange(len(y)) if self.order_N is None else self.order_N
+        masks = order_N[self.first_mask :].to(DEVICE)
+        y[masks] += update[masks]
         y += bias * bias_O
         if gated:
             gate, up = y.chunk(2, dim=-1)
@@ -152,6 +155,19 @@ def test_mask_rows_with_weights_of_their_own(
     surroundings = PLAIN | surroundings
     bound = 1e-5 if dtype is torch.float32 else 1e-2
     assert relative_error(case.run(**surroundings), case.expected(**surroundings)) < bound
+
+
+@pytest.mark.parametrize("merged", [True, False])
+@pytest.mark.parametrize(("rows", "masks"), [(7, 3), (21, 9), (48, 36), (133, 57), (300, 130)])
+@pytest.mark.parametrize("surroundings", [{"bias": True}, {"norm": True, "gated": True}])
+def test_mask_rows_may_lie_anywhere(
+    rows: int, masks: int, surroundings: dict[str, bool], merged: bool
+) -> None:
+    case = Case(rows, masks, 64, (48, 48), 5)
+    case.merged = merged
+    case.order_N = torch.randperm(rows)
+    surroundings = PLAIN | surroundings
+    assert relative_error(case.run(**surroundings), case.expected(**surroundings)) < 1e-5
 
 
 def test_clean_rows_are_those_of_the_base_model() -> None:

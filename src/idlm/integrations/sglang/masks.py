@@ -2,30 +2,26 @@
 
 The host gives every request the same number of rows and knows none of them apart. Its model's
 `forward` is wrapped: for forwards of ours it replaces the rows' ids by drafts and the embedding of
-mask rows by the learned one. The products of the linear layers are wrapped to add the LoRA to mask
+mask rows by the learned one. The products of the linear layers (`product`) have the LoRA on mask
 rows, before ranks of a tensor-parallel server sum theirs up. All of it is tensors and fixed shapes,
 so that a CUDA graph captures it with the model.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from idlm.decoding.layout import Layout
-from idlm.integrations.sglang.lora_kernel import LoraKernel
-from idlm.integrations.sglang.shares import share_of
+from idlm.integrations.sglang.product import Product, RowOrder
 from idlm.integrations.sglang.slots import Slots
 from idlm.model.adapter import Adapter
-
-# Adds to rows ``rows_F`` of ``y_FO`` what they get for ``x_FI``.
-Update = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+from idlm.model.config import ModelConfig
+from idlm.model.cuda.stack import SMALL_WEIGHT
 
 # The host's names for the fused projections of a layer.
 PROJECTIONS = {
@@ -45,22 +41,26 @@ class Masks:
         slots: set when the host has its memory.
     """
 
-    def __init__(self, layout: Layout, model: nn.Module, adapter: Adapter | None, mask: int | None):
+    def __init__(
+        self, layout: Layout, model: nn.Module, adapter: Adapter | None, config: ModelConfig
+    ) -> None:
         self.layout = layout
         self.slots: Slots | None = None
         self._embed: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        self._embedding_H = self._mask_embedding(adapter, mask)
-        # The rows, flat over the batch, that hold masks in the forward that runs; None: no forward
-        # of ours.
-        self._rows_F: torch.Tensor | None = None
+        self._embedding_H = self._mask_embedding(adapter, config.mask_token_id)
+        # The rows of the forward that runs; None: no forward of ours, or nobody asks for them.
+        self._order: RowOrder | None = None
+        self._products: list[Product] = []
         model.forward = self._wrap(model.forward)
-        if adapter is not None:
-            for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
-                for fused, lora in adapter.layer(index).items():
-                    module: Any = layer.get_submodule(PROJECTIONS[fused])
-                    product = copy.copy(module.quant_method)
-                    product.apply = self._adding(product.apply, _update(*share_of(lora, module)))
-                    module.quant_method = product
+        if adapter is None:
+            return
+        small = config.hidden_size * config.intermediate_size < SMALL_WEIGHT
+        for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
+            for fused, lora in adapter.layer(index).items():
+                module: Any = layer.get_submodule(PROJECTIONS[fused])
+                product = Product(module, lora, len(self._products), merge=small)
+                module.quant_method = product.method(lambda: self._order)
+                self._products.append(product)
 
     def block(self, rows_BWX: torch.Tensor, count_B: torch.Tensor) -> torch.Tensor:
         """Of all rows, the mask block ``[B, M, X]`` of requests with ``count`` drafts."""
@@ -93,39 +93,36 @@ class Masks:
             slot_B = batch.req_pool_indices
             ids_BW = ids.view(-1, W)
             ids_BW = torch.cat((ids_BW[:, :1], self.slots.tokens(slot_B), ids_BW[:, 1 + M :]), 1)
-            first_B1 = torch.arange(0, len(ids), W, device=ids.device)[:, None]
-            rows_F = (first_B1 + self._places(self.slots.count(slot_B))).flatten()
+            masks_BM = self._places(self.slots.count(slot_B))
+            masks_F = self._flat(masks_BM)
             ids = ids_BW.flatten()
             x_FH = self._embed(ids)
-            x_FH = x_FH.index_copy(0, rows_F, self._embedding_H.expand(len(rows_F), -1))
-            self._rows_F = rows_F
+            x_FH = x_FH.index_copy(0, masks_F, self._embedding_H.expand(len(masks_F), -1))
+            if self._products:
+                self._order = self._row_order(masks_BM, masks_F)
             try:
                 return forward(ids, positions, batch, *args, **{**kw, "input_embeds": x_FH})
             finally:
-                self._rows_F = None
+                self._order = None
 
         return wrapped
 
-    def _adding(self, apply: Callable[..., torch.Tensor], update: Update) -> Callable[..., Any]:
-        @functools.wraps(apply)
-        def adding(
-            module: nn.Module, x_FI: torch.Tensor, bias: torch.Tensor | None = None
-        ) -> torch.Tensor:
-            y_FO = apply(module, x_FI, bias)
-            if self._rows_F is not None:
-                update(y_FO, x_FI, self._rows_F)
-            return y_FO
+    def _row_order(self, masks_BM: torch.Tensor, masks_F: torch.Tensor) -> RowOrder:
+        """The rows of tokens (and those that nothing sees), then the mask rows."""
+        N, M = self.layout.stride, self.layout.block_size
+        place_N = torch.arange(N, device=masks_F.device)
+        tokens_BN = place_N + M * (place_N >= masks_BM[:, :1])
+        order_F = torch.cat((self._flat(tokens_BN), masks_F))
+        ready_P1 = torch.full((len(self._products), 1), 0, dtype=torch.int32, device=order_F.device)
+        return RowOrder(order_F, len(masks_F), ready_P1)
 
-        return adding
+    def _flat(self, place_BX: torch.Tensor) -> torch.Tensor:
+        """Rows, flat over the batch, that have these places among those of their requests."""
+        W, B = self.layout.num_rows, len(place_BX)
+        first_B = torch.arange(0, B * W, W, device=place_BX.device)
+        return (first_B[:, None] + place_BX).flatten()
 
-
-def _update(A_ZI: torch.Tensor, B: list[torch.Tensor]) -> Update:
-    """The function that adds a LoRA's update of ``x_FI`` to rows ``rows_F`` of ``y_FO``."""
-    if A_ZI.is_cuda and LoraKernel.takes(B):
-        return LoraKernel(A_ZI, B).add_to
-    up_OZ = torch.block_diag(*B)
-
-    def add_to(y_FO: torch.Tensor, x_FI: torch.Tensor, rows_F: torch.Tensor) -> None:
-        y_FO.index_add_(0, rows_F, F.linear(F.linear(x_FI[rows_F], A_ZI), up_OZ))
-
-    return add_to
+    def refresh(self) -> None:
+        """Follow the model's weights, which have changed."""
+        for product in self._products:
+            product.refresh()

@@ -65,7 +65,7 @@ class Worker(BaseSpecWorker):
             )
         self._mask_token_id = config.mask_token_id
         self._decoder = HostDecoder(self._runner.model, config)
-        self._masks = Masks(self.layout, self._runner.model, self._adapter, config.mask_token_id)
+        self._masks = Masks(self.layout, self._runner.model, self._adapter, config)
         if self._adapter is not None:
             self._adapter.lora = nn.ModuleList()  # the projections have their shares of it
         self._sampling = BatchSampling(config.vocab_size, target_worker.random_seed, self.device)
@@ -103,14 +103,17 @@ class Worker(BaseSpecWorker):
         )
 
     def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
-        """Nothing of ours changes with the model's weights."""
+        """The model has its new weights; mask rows follow."""
+        self._masks.refresh()
         return True, "Succeeded to update model weights."
 
     update_weights_from_ipc = update_weights_from_disk
 
     def update_weights_from_tensor(self, recv_req: Any) -> Any:
-        """The model's weights are the host's."""
-        return self._target_worker.update_weights_from_tensor(recv_req)
+        """The model's weights are the host's; mask rows follow."""
+        result = self._target_worker.update_weights_from_tensor(recv_req)
+        self._masks.refresh()
+        return result
 
     @torch.inference_mode()
     def forward_batch_generation(

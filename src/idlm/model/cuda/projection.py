@@ -1,8 +1,9 @@
 """Triton kernel of a projection in a decoder layer: all that happens between two of its inputs.
 
 One launch computes ``y = f(x) W^T`` for all rows and ``+ (f(x) A^T) B^T`` for the mask rows, which
-come last; ``f`` is nothing or the RMS norm before the projection. On the way out, the two halves of
-a gated MLP become one, or the result is added to the residual stream.
+come last (in memory, or in an order that is given); ``f`` is nothing or the RMS norm before the
+projection. On the way out, the two halves of a gated MLP become one, or the result is added to the
+residual stream.
 
 Where the mask rows have weights of their own (``W + B A``), their tiles read those. Otherwise the
 first programs make ``z = f(x) A^T`` of the mask rows, once; the others make a tile of the base
@@ -14,7 +15,7 @@ the sums of squares of what it wrote. What is left is one factor for each row of
 """
 
 # No deferred annotations here: Triton reads them.
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import gcd
 
@@ -45,6 +46,19 @@ class LowRank:
     B_OZ: torch.Tensor
     modules: tuple[int, ...]
     merged_OI: torch.Tensor | None = None
+
+    def merged(self, base_OI: torch.Tensor) -> "LowRank":
+        """The same with ``merged_OI``, summed in fp32."""
+        whole_OI = base_OI.to(torch.float32, copy=True)
+        rank = self.B_OZ.shape[1]
+        for rows_OI, A_rI, B_Or in zip(
+            whole_OI.split(self.modules),
+            self.A_ZI.split(rank),
+            self.B_OZ.split(self.modules),
+            strict=True,
+        ):
+            rows_OI.addmm_(B_Or.float(), A_rI.float())
+        return replace(self, merged_OI=whole_OI.to(base_OI.dtype))
 
 
 @dataclass(frozen=True)
@@ -160,6 +174,7 @@ def project(
     ready_1: torch.Tensor | None = None,
     gated: bool = False,
     addend_NO: torch.Tensor | None = None,
+    order_N: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """``f(x) @ weight.T + bias``, with the update on the rows from ``first_mask``.
@@ -169,13 +184,27 @@ def project(
         ready_1: one int32 that is 0 and is used up; None: a new one.
         addend_NO: added to the outputs; rows may lie apart.
         gated: the outputs are gate and up; the result is ``silu(gate) * up``, ``[N, O / 2]``.
+        order_N: int64; the rows, those with an update last. None: they lie in that order.
     Returns:
         ``[N, O]``; sums are made in fp32 and rounded once.
     """
     rows_NI = x.scaled_NH if isinstance(x, Stream) else x
     width = len(weight_OI) // (2 if gated else 1)
     y_NO = torch.empty((len(rows_NI), width), dtype=rows_NI.dtype, device=rows_NI.device)
-    _launch(x, weight_OI, bias_O, low_rank, first_mask, ready_1, y_NO, gated, addend_NO, None, tile)
+    _launch(
+        x,
+        weight_OI,
+        bias_O,
+        low_rank,
+        first_mask,
+        ready_1,
+        y_NO,
+        gated,
+        addend_NO,
+        order_N,
+        None,
+        tile,
+    )
     return y_NO
 
 
@@ -213,6 +242,7 @@ def add(
         onward.x_NH,
         False,
         None,
+        None,
         (onward, norm_H),
         tile,
     )
@@ -229,6 +259,7 @@ def _launch(
     y_NO: torch.Tensor,
     gated: bool,
     addend_NO: torch.Tensor | None,
+    order_N: torch.Tensor | None,
     onward: tuple[Stream, torch.Tensor] | None,
     tile: Tile | None,
 ) -> None:
@@ -266,6 +297,7 @@ def _launch(
         ready_1,
         y_NO if addend_NO is None else addend_NO,
         0 if addend_NO is None else addend_NO.stride(0),
+        ready_1 if order_N is None else order_N,
         y_NO if onward is None else onward[0].scaled_NH,
         y_NO if onward is None else onward[0].squares_NP,
         y_NO if onward is None else onward[1],
@@ -278,6 +310,7 @@ def _launch(
         THIRD=third,
         BIAS=bias_O is not None,
         ADD=addend_NO is not None,
+        ORDERED=order_N is not None,
         UPDATE=makers > 0,
         MERGED=merged_OI is not None,
         PARTS=triton.next_power_of_2(parts) if parts else 0,
@@ -342,8 +375,10 @@ def _product(  # type: ignore[no-untyped-def]
     rows,
     end,
     outputs,
+    order_ptr,
     parts,
     eps,
+    ORDERED: tl.constexpr,
     PARTS: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     ROWS: tl.constexpr,
@@ -357,6 +392,8 @@ def _product(  # type: ignore[no-untyped-def]
     there = (rows < end)[:, None]
     if not sparse:
         rows = tl.minimum(rows, end - 1)
+    if ORDERED:
+        rows = tl.load(order_ptr + tl.minimum(rows, end - 1))
     x_rows_ptr = x_ptr + rows[:, None].to(tl.int64) * I
     weight_rows_ptr = weight_ptr + outputs[None, :].to(tl.int64) * I
     y = tl.zeros([ROWS, OUTPUTS], tl.float32)
@@ -401,6 +438,7 @@ def _project(  # type: ignore[no-untyped-def]
     ready_ptr,
     addend_ptr,
     addend_stride,
+    order_ptr,
     scaled_ptr,
     onward_squares_ptr,
     norm_ptr,
@@ -413,6 +451,7 @@ def _project(  # type: ignore[no-untyped-def]
     THIRD: tl.constexpr,
     BIAS: tl.constexpr,
     ADD: tl.constexpr,
+    ORDERED: tl.constexpr,
     UPDATE: tl.constexpr,
     MERGED: tl.constexpr,
     PARTS: tl.constexpr,
@@ -442,8 +481,10 @@ def _project(  # type: ignore[no-untyped-def]
             rows,
             N,
             tl.minimum(ranks, Z - 1),
+            order_ptr,
             parts,
             eps,
+            ORDERED,
             PARTS,
             I,
             ROWS,
@@ -486,8 +527,10 @@ def _project(  # type: ignore[no-untyped-def]
             rows,
             end,
             safe_outputs,
+            order_ptr,
             parts,
             eps,
+            ORDERED,
             PARTS,
             I,
             ROWS,
@@ -521,10 +564,14 @@ def _project(  # type: ignore[no-untyped-def]
                     y = tl.dot(z, B, y, input_precision="ieee")
         if BIAS:
             y += tl.load(bias_ptr + safe_outputs).to(tl.float32)[None, :]
+        real = rows < end
+        place = rows.to(tl.int64)
+        if ORDERED:
+            place = tl.load(order_ptr + tl.minimum(rows, end - 1))
         if ADD:
-            addend_ptrs = addend_ptr + rows[:, None].to(tl.int64) * addend_stride
-            there = (rows < end)[:, None] & (outputs < O)[None, :]
-            y += tl.load(addend_ptrs + outputs[None, :], mask=there, other=0.0).to(tl.float32)
+            addend_ptrs = addend_ptr + place[:, None] * addend_stride + outputs[None, :]
+            added = real[:, None] & (outputs < O)[None, :]
+            y += tl.load(addend_ptrs, mask=added, other=0.0).to(tl.float32)
         if GATED:
             gate, up = tl.split(tl.reshape(y, [ROWS, OUTPUTS // 2, 2]))
             y = gate / (1.0 + tl.exp(-gate)) * up
@@ -532,18 +579,18 @@ def _project(  # type: ignore[no-untyped-def]
             width = O // 2
         else:
             width = O
-        y_tile_ptr = y_ptr + rows[:, None].to(tl.int64) * width + outputs[None, :]
-        written = (rows < end)[:, None] & (outputs < width)[None, :]
+        y_tile_ptr = y_ptr + place[:, None] * width + outputs[None, :]
+        written = real[:, None] & (outputs < width)[None, :]
         if ONWARD:
             y += tl.load(y_tile_ptr, mask=written, other=0.0).to(tl.float32)
             # What follows sees the stream as it is stored.
             y = tl.where(written, y.to(y_ptr.dtype.element_ty).to(tl.float32), 0.0)
-            part = rows.to(tl.int64) * tl.cdiv(O, OUTPUTS) + tile
+            part = place * tl.cdiv(O, OUTPUTS) + tile
             # Sums of squares of bf16 are exact in fp64: no tile's width shows in them.
             squares = tl.sum((y * y).to(tl.float64), 1)
-            tl.store(onward_squares_ptr + part, squares, mask=rows < end)
+            tl.store(onward_squares_ptr + part, squares, mask=real)
             scale = tl.load(norm_ptr + safe_outputs).to(tl.float32)
-            scaled_tile_ptr = scaled_ptr + rows[:, None].to(tl.int64) * width + outputs[None, :]
+            scaled_tile_ptr = scaled_ptr + place[:, None] * width + outputs[None, :]
             scaled = (y * scale[None, :]).to(y_ptr.dtype.element_ty)
             tl.store(scaled_tile_ptr, scaled, mask=written)
         tl.store(y_tile_ptr, y.to(y_ptr.dtype.element_ty), mask=written)

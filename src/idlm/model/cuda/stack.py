@@ -144,16 +144,6 @@ def _low_rank(lora: LoraLinear, base: Linear | None) -> LowRank:
     """The update, merged with ``base`` if there is one."""
     from idlm.model.cuda.projection import LowRank
 
-    modules = tuple(len(B) for B in lora.B)
     B_OZ = torch.cat([B.detach() for B in lora.B]) * lora.scale
-    A_ZI = lora.A.detach()
-    merged_OI = None
-    if base is not None:
-        merged_OI = base.weight.detach().to(torch.float32, copy=True)
-        rank = len(A_ZI) // len(modules)
-        for rows_OI, A_rI, B_Or in zip(
-            merged_OI.split(modules), A_ZI.split(rank), B_OZ.split(modules), strict=True
-        ):
-            rows_OI.addmm_(B_Or.float(), A_rI.float())
-        merged_OI = merged_OI.to(base.weight.dtype)
-    return LowRank(A_ZI, B_OZ, modules, merged_OI)
+    low_rank = LowRank(lora.A.detach(), B_OZ, tuple(len(B) for B in lora.B))
+    return low_rank if base is None else low_rank.merged(base.weight.detach())
