@@ -1,4 +1,4 @@
-"""SGLang's own layers with a LoRA on some rows: its product, or ours, run by Triton's interpreter."""
+"""SGLang's own layers with a LoRA on some rows: its product, or ours in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from sglang.srt.layers.linear import (
 from torch import nn
 
 from idlm.integrations.sglang import product as product_module
-from idlm.integrations.sglang.product import Product, RowOrder
+from idlm.integrations.sglang.product import Product
+from idlm.integrations.sglang.rows import RowOrder
 from idlm.model.adapter import LoraLinear
 
 pytestmark = pytest.mark.sglang

@@ -55,6 +55,18 @@ class Algorithm(CustomSpecAlgo):
         return FutureMap(args[0], self, *args[1:], **kw)
 
 
+def _tables_are_read(result: Any, runner: Any, *args: Any, **kw: Any) -> None:
+    """Let the host prepare its next step while the graph of a forward of ours runs.
+
+    It waits for whole forwards, unless it is told when one has read the tables that it goes on to
+    change; that is before the graph, and it knows so of its own algorithms only.
+    """
+    if runner.model_runner.spec_algorithm.name == NAME:
+        event = runner.device_module.Event()
+        event.record()
+        runner.model_runner.war_fastpath_read_done_event = event
+
+
 def _of_capture(result: Any, runner: Any, num_tokens: int) -> Any:
     return _rows_for_capture(result, runner.model_runner.spec_algorithm, runner.captured_req_width)
 
@@ -74,8 +86,10 @@ def _rows_for_capture(result: Any, algorithm: Any, width: int) -> Any:
     return Rows(positions=None, draft_token_num=width)
 
 
-CAPTURE = {
-    "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
-    ".get_spec_info": _of_capture,
+_GRAPHS = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+# What is run after functions of the host's.
+AFTER = {
+    f"{_GRAPHS}.get_spec_info": _of_capture,
+    f"{_GRAPHS}.load_batch": _tables_are_read,
     "sglang.srt.speculative.spec_info.create_dummy_verify_input": _of_warm_up,
 }

@@ -14,10 +14,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from sglang.srt.distributed import get_tp_group
 from torch import nn
 
 from idlm.decoding.layout import Layout
-from idlm.integrations.sglang.product import Product, RowOrder
+from idlm.integrations.sglang.product import Product
+from idlm.integrations.sglang.rows import RowOrder, enter
 from idlm.integrations.sglang.slots import Slots
 from idlm.model.adapter import Adapter
 from idlm.model.config import ModelConfig
@@ -62,11 +64,6 @@ class Masks:
                 module.quant_method = product.method(lambda: self._order)
                 self._products.append(product)
 
-    def block(self, rows_BWX: torch.Tensor, count_B: torch.Tensor) -> torch.Tensor:
-        """Of all rows, the mask block ``[B, M, X]`` of requests with ``count`` drafts."""
-        batch_B1 = torch.arange(len(count_B), device=count_B.device)[:, None]
-        return rows_BWX[batch_B1, self._places(count_B)]
-
     def _mask_embedding(self, adapter: Adapter | None, mask: int | None) -> torch.Tensor:
         if adapter is not None and adapter.mask_token_id is None:
             embedding_H: torch.Tensor = adapter.mask_embedding
@@ -76,11 +73,6 @@ class Masks:
         with torch.no_grad():
             return self._embed(torch.tensor([token], device=weight.device))[0]
 
-    def _places(self, count_B: torch.Tensor) -> torch.Tensor:
-        """Places of the mask rows ``[B, M]`` among a request's: right after its drafts."""
-        M = self.layout.block_size
-        return count_B[:, None] + torch.arange(1, M + 1, device=count_B.device)
-
     def _wrap(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def wrapped(
@@ -89,38 +81,22 @@ class Masks:
             if not batch.forward_mode.is_target_verify():
                 return forward(ids, positions, batch, *args, **kw)
             assert self.slots is not None
-            W, M = self.layout.num_rows, self.layout.block_size
-            slot_B = batch.req_pool_indices
-            ids_BW = ids.view(-1, W)
-            ids_BW = torch.cat((ids_BW[:, :1], self.slots.tokens(slot_B), ids_BW[:, 1 + M :]), 1)
-            masks_BM = self._places(self.slots.count(slot_B))
-            masks_F = self._flat(masks_BM)
-            ids = ids_BW.flatten()
-            x_FH = self._embed(ids)
-            x_FH = x_FH.index_copy(0, masks_F, self._embedding_H.expand(len(masks_F), -1))
+            slot_B, whole = batch.req_pool_indices, get_tp_group().world_size == 1
+            order_F, x_FH = enter(
+                ids, slot_B, self.slots, self._embed, self._embedding_H, whole=whole
+            )
             if self._products:
-                self._order = self._row_order(masks_BM, masks_F)
+                ready_P1 = torch.full(
+                    (len(self._products), 1), 0, dtype=torch.int32, device=ids.device
+                )
+                masks = len(slot_B) * self.layout.block_size
+                self._order = RowOrder(order_F, masks, ready_P1)
             try:
                 return forward(ids, positions, batch, *args, **{**kw, "input_embeds": x_FH})
             finally:
                 self._order = None
 
         return wrapped
-
-    def _row_order(self, masks_BM: torch.Tensor, masks_F: torch.Tensor) -> RowOrder:
-        """The rows of tokens (and those that nothing sees), then the mask rows."""
-        N, M = self.layout.stride, self.layout.block_size
-        place_N = torch.arange(N, device=masks_F.device)
-        tokens_BN = place_N + M * (place_N >= masks_BM[:, :1])
-        order_F = torch.cat((self._flat(tokens_BN), masks_F))
-        ready_P1 = torch.full((len(self._products), 1), 0, dtype=torch.int32, device=order_F.device)
-        return RowOrder(order_F, len(masks_F), ready_P1)
-
-    def _flat(self, place_BX: torch.Tensor) -> torch.Tensor:
-        """Rows, flat over the batch, that have these places among those of their requests."""
-        W, B = self.layout.num_rows, len(place_BX)
-        first_B = torch.arange(0, B * W, W, device=place_BX.device)
-        return (first_B[:, None] + place_BX).flatten()
 
     def refresh(self) -> None:
         """Follow the model's weights, which have changed."""

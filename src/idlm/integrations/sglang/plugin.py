@@ -26,7 +26,7 @@ def register() -> None:
     HookRegistry.register(host.ALIAS, _draft_path_is_no_model, HookType.AROUND)
     HookRegistry.register(host.DRAFT_KV, _no_draft_kv, HookType.AROUND)
     HookRegistry.register(host.VALIDATION, _check, HookType.BEFORE)
-    for target, function in host.CAPTURE.items():
+    for target, function in host.AFTER.items():
         HookRegistry.register(target, function, HookType.AFTER)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
 from math import gcd
 from typing import Any
 
@@ -11,30 +11,11 @@ import torch
 import torch.nn.functional as F
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
+from idlm.integrations.sglang.rows import RowOrder
 from idlm.integrations.sglang.shares import share_of
 from idlm.model.adapter import LoraLinear
 from idlm.model.cuda import stack as cuda_stack
 from idlm.model.cuda.projection import MIN_ROWS, LowRank, project
-
-
-@dataclass(frozen=True)
-class RowOrder:
-    """The rows of a forward, flat over the batch: those of tokens, then those of masks.
-
-    Attributes:
-        order_F: int64.
-        masks: how many are rows of masks.
-        ready_P1: of each projection, an int32 that is 0 and is used up.
-    """
-
-    order_F: torch.Tensor
-    masks: int
-    ready_P1: torch.Tensor
-
-    @property
-    def first_mask(self) -> int:
-        """How many come before the rows of masks."""
-        return len(self.order_F) - self.masks
 
 
 class Product:
@@ -67,7 +48,7 @@ class Product:
         if self._fuses and merge:
             self._low_rank = self._low_rank.merged(module.weight)
 
-    def method(self, order: Any) -> Any:
+    def method(self, order: Callable[[], RowOrder | None]) -> Any:
         """The host's method for this layer; ``order()`` is the forward's, None: it has no masks."""
         method = copy.copy(self._host)
 

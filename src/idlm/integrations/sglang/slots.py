@@ -13,6 +13,7 @@ class Slots:
     Slot 0 is the host's own for rows that pad a batch: whatever is written there is lost.
 
     Attributes:
+        tokens_PM, count_P: the drafts and how many there are (0 or all places), int64.
         committed_PN: tokens of the last forward, the first ``accepted_P + 1`` of each row, int64.
         accepted_P: drafts that the last forward accepted, int64.
     """
@@ -27,6 +28,7 @@ class Slots:
             zeros(places, candidates, dtype=torch.float32),
             zeros(),
         )
+        self.tokens_PM, self.count_P = self._drafts.tokens_BM, self._drafts.count_B
         # Drafts of greedy batches have no distribution but their tokens.
         self._certain_P = zeros(dtype=torch.bool)
         self.committed_PN = zeros(places + 1)
@@ -46,16 +48,16 @@ class Slots:
         return drafts
 
     def count(self, slot_B: torch.Tensor) -> torch.Tensor:
-        """How many drafts these slots hold: 0 or all places, int64."""
-        return self._drafts.count_B[slot_B]
+        """How many drafts these slots hold."""
+        return self.count_P[slot_B]
 
     def tokens(self, slot_B: torch.Tensor) -> torch.Tensor:
         """The drafted tokens ``[B, M]``."""
-        return self._drafts.tokens_BM[slot_B]
+        return self.tokens_PM[slot_B]
 
     def clear(self, slot_B: torch.Tensor) -> None:
         """Forget the drafts: a new request is in each of these slots."""
-        self._drafts.count_B[slot_B] = 0
+        self.count_P[slot_B] = 0
 
     def store(
         self,
@@ -68,8 +70,8 @@ class Slots:
         """Keep what a forward committed and what it proposes."""
         self.committed_PN[slot_B] = tokens_BN
         self.accepted_P[slot_B] = accepted_B
-        self._drafts.tokens_BM[slot_B] = proposals.tokens_BM
-        self._drafts.count_B[slot_B] = proposals.count_B
+        self.tokens_PM[slot_B] = proposals.tokens_BM
+        self.count_P[slot_B] = proposals.count_B
         self._certain_P.index_fill_(0, slot_B, all_greedy)  # unlike `[]`, it can be captured
         if not all_greedy:
             self._drafts.ids_BMK[slot_B] = proposals.ids_BMK

@@ -24,6 +24,7 @@ from idlm.errors import CheckpointError
 from idlm.integrations.sglang.decoder import HostDecoder
 from idlm.integrations.sglang.masks import Masks
 from idlm.integrations.sglang.options import Options
+from idlm.integrations.sglang.rows import locate, mask_rows, report
 from idlm.integrations.sglang.sampling import BatchSampling, greedy_sampling
 from idlm.integrations.sglang.shares import of_first_rank
 from idlm.integrations.sglang.slots import Slots
@@ -69,8 +70,9 @@ class Worker(BaseSpecWorker):
         if self._adapter is not None:
             self._adapter.lora = nn.ModuleList()  # the projections have their shares of it
         self._sampling = BatchSampling(config.vocab_size, target_worker.random_seed, self.device)
-        # Whether graphs may write their greedy verdict to the slots.
-        self._greedy = torch.ones((), dtype=torch.bool, device=self.device)
+        # Whether graphs may write their greedy verdict to the slots; the same, on the device.
+        self._greedy = True
+        self._greedy_1 = torch.ones((), dtype=torch.bool, device=self.device)
         self._runner.capture_tail_hooks.append(self._captured)
 
     def _load_adapter(self, options: Options, config: Any) -> Adapter | None:
@@ -147,7 +149,9 @@ class Worker(BaseSpecWorker):
             length_B.record_stream(torch.cuda.current_stream())
         sampling = self._sampling.running(batch.reqs)
         greedy = sampling.all_greedy and not sampling.adjusts_logits
-        self._greedy.fill_(greedy)
+        if greedy != self._greedy:
+            self._greedy = greedy
+            self._greedy_1.fill_(greedy)
         result = self._target_worker.forward_batch_generation(
             batch=None, forward_batch=self._rows(batch), is_verify=True
         )
@@ -155,12 +159,9 @@ class Worker(BaseSpecWorker):
         if not (greedy and result.can_run_cuda_graph):
             self._conclude(output, slot_B, length_B, sampling, slot_B)
         output.hidden_states = None  # else the host copies them
-        tokens_BN = self._slots.committed_PN[slot_B]
-        committed_B = self._slots.accepted_P[slot_B] + 1
-        new_length_B = length_B + committed_B
-        pending_B = tokens_BN.gather(1, committed_B[:, None] - 1).squeeze(1)
-        result.next_token_ids = tokens_BN.flatten()
-        result.accept_lens = committed_B.to(torch.int32)
+        tokens_F, committed_B, new_length_B, pending_B = report(slot_B, length_B, self._slots)
+        result.next_token_ids = tokens_F
+        result.accept_lens = committed_B
         result.speculative_num_draft_tokens = self.layout.stride
         result.new_seq_lens = new_length_B
         result.next_draft_input = Pending(pending_B, new_length_B)
@@ -169,16 +170,16 @@ class Worker(BaseSpecWorker):
     def _rows(self, batch: Any) -> ForwardBatch:
         """The host's forward for all rows; `Masks` fills in what they hold."""
         W, slot_B, length_B = self.layout.num_rows, batch.req_pool_indices, batch.seq_lens
-        pending_B = batch.spec_info.bonus_tokens.long()
-        positions_BW = length_B[:, None] + torch.arange(W, device=self.device)
-        positions = positions_BW.flatten()
+        ids, positions, places = locate(
+            batch.spec_info.bonus_tokens, length_B, slot_B, self._slot_tokens, W
+        )
         rows = ForwardBatch(
             forward_mode=ForwardMode.TARGET_VERIFY,
             batch_size=len(slot_B),
-            input_ids=pending_B[:, None].expand(-1, W).flatten(),
+            input_ids=ids,
             req_pool_indices=slot_B,
             seq_lens=length_B,
-            out_cache_loc=self._slot_tokens[slot_B[:, None], positions_BW].flatten().long(),
+            out_cache_loc=places,
             seq_lens_sum=batch.seq_lens_sum,
             seq_lens_cpu=batch.seq_lens_cpu,
             positions=positions,
@@ -202,8 +203,7 @@ class Worker(BaseSpecWorker):
         """
         slot_B = batch.req_pool_indices
         sampling = greedy_sampling(len(slot_B), self.device)
-        to_B = torch.where(self._greedy, slot_B, torch.zeros_like(slot_B))
-        self._conclude(output, slot_B, batch.seq_lens, sampling, to_B)
+        self._conclude(output, slot_B, batch.seq_lens, sampling, slot_B * self._greedy_1)
 
     def _conclude(
         self,
@@ -215,18 +215,20 @@ class Worker(BaseSpecWorker):
     ) -> None:
         """Verify, commit and propose from the forward's output, and store it in slots ``to``."""
         N, W = self.layout.stride, self.layout.num_rows
-        logits_BWV = self._never_mask(output.next_token_logits).unflatten(0, (-1, W))
-        hidden_BWH = output.hidden_states.unflatten(0, (-1, W))
+        B, M = len(slot_B), self.layout.block_size
+        logits_FV = self._never_mask(output.next_token_logits)
         drafts = self._slots.drafts(slot_B, sampling.all_greedy)
-        verdict = verify(self.rule, logits_BWV[:, :N], drafts, length_B + 1, sampling)
-        settled = settle(verdict, drafts, length_B, self._block_after_NN, W, N - 1)
+        masks_F = mask_rows(drafts.count_B, M)
+        logits_BNV = logits_FV.unflatten(0, (B, W))[:, :N]
+        verdict = verify(self.rule, logits_BNV, drafts, length_B + 1, sampling)
+        settled = settle(verdict, drafts, length_B, self._block_after_NN, W, M)
         tokens_BN = settled.packed_BX[:, :N]
         sampling.commit(tokens_BN, verdict.accepted_B)
         proposals = propose(
             self._decoder.as_decoder(),
             self._adapter,
-            self._masks.block(hidden_BWH, drafts.count_B),
-            self._masks.block(logits_BWV, drafts.count_B),
+            output.hidden_states[masks_F].view(B, M, -1),
+            logits_FV[masks_F].view(B, M, -1),
             verdict.next_B,
             settled.length_B,
             settled.proposed_B,
