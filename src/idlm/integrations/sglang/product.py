@@ -92,6 +92,9 @@ class Product:
 
     def refresh(self) -> None:
         """Follow the base weight, which has changed."""
-        merged = self._low_rank.merged_OI
-        if merged is not None:
-            merged.copy_(self._low_rank.merged(self._module.weight).merged_OI)
+        held_OI = self._low_rank.merged_OI
+        if held_OI is None:
+            return
+        anew_OI = self._low_rank.merged(self._module.weight).merged_OI
+        assert anew_OI is not None
+        held_OI.copy_(anew_OI)  # where graphs look for it
