@@ -51,4 +51,4 @@ def _no_draft_kv(original: Any, *, draft_worker: Any, spec_algorithm: Any, **kw:
 
 def _check(manager: Any, request: Any, *args: Any, **kw: Any) -> None:
     if manager.server_args.speculative_algorithm == NAME:
-        check_request(request)
+        check_request(request, manager.preferred_sampling_params)

@@ -34,11 +34,12 @@ class Product:
         UnsupportedModelError: the host changed the shape of the layer.
     """
 
+    @torch.no_grad()
     def __init__(self, module: Any, lora: LoraLinear, index: int, *, merge: bool) -> None:
         self._module, self._host, self._index = module, module.quant_method, index
         A_ZI, B = share_of(lora, module)
         modules = tuple(len(part) for part in B)
-        self._low_rank = LowRank(A_ZI.contiguous(), torch.cat(B), modules)
+        self._low_rank = LowRank(A_ZI.detach().contiguous(), torch.cat(B), modules)
         self._fuses = (
             isinstance(self._host, UnquantizedLinearMethod)
             and cuda_stack.usable(A_ZI.device)
@@ -72,7 +73,7 @@ class Product:
         few = low_rank.merged_OI is not None or len(x_FI) <= cuda_stack.FUSED_ROWS
         if self._fuses and few:
             return project(
-                x_FI,
+                x_FI.contiguous(),
                 self._module.weight,
                 bias_O,
                 low_rank=low_rank,
@@ -90,6 +91,7 @@ class Product:
         )
         return y_FO.index_add_(0, masks_M, torch.cat([F.linear(z, B) for z, B in parts], dim=1))
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Follow the base weight, which has changed."""
         held_OI = self._low_rank.merged_OI

@@ -19,6 +19,8 @@ _REQUEST_FEATURES = {
     "custom_logit_processor": "custom logit processors",
     "lora_path": "LoRA adapters",
     "input_embeds": "input embeddings",
+    "positional_embed_overrides": "input embeddings",
+    "max_thinking_tokens": "limits of thinking",
     "session_params": "sessions",
 }
 _SAMPLING_FEATURES = {
@@ -30,8 +32,11 @@ _SAMPLING_FEATURES = {
 }
 
 
-def check_request(request: Any) -> None:
+def check_request(request: Any, preferred: dict[str, Any] | None) -> None:
     """Refuse what would be ignored or wrong.
+
+    Args:
+        preferred: the server's own sampling parameters, for what the request leaves open.
 
     Raises:
         InvalidRequestError: the request uses a feature that is not supported, or a parameter is
@@ -39,7 +44,7 @@ def check_request(request: Any) -> None:
     """
     if not isinstance(request, GenerateReqInput):
         raise InvalidRequestError(f"A server with {NAME} generates text only.")
-    params = HostParams(**request.sampling_params)
+    params = HostParams(**(preferred or {}) | request.sampling_params)
     for features, source in ((_REQUEST_FEATURES, request), (_SAMPLING_FEATURES, params)):
         for name, feature in features.items():
             if getattr(source, name, None):
