@@ -3,7 +3,8 @@
     python benchmarks/sglang_serving.py --concurrency 1 8 32 64 --seconds 8 -- \\
         --attention-backend triton --sampling-backend pytorch --grammar-backend none
 
-What follows ``--`` goes to both servers. Greedy; every text has `TOKENS` tokens.
+What follows ``--`` goes to both servers. Greedy; every text has ``--tokens`` tokens: with few of
+them, most of the time goes to reading prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from idlm.llm import DEFAULT_ADAPTER
 from idlm.model.checkpoint import resolve
 from idlm.model.tokenizer import Tokenizer
 
-TOKENS = 128
 TASKS = (
     "Explain in a few sentences what {} is.",
     "Write a short story about {}.",
@@ -39,6 +39,15 @@ TASKS = (
 )
 TOPICS = ("rain", "a lighthouse", "gravity", "bread", "the moon", "a market", "trees", "music")
 START_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Load:
+    """What users ask for: texts of ``tokens`` tokens after ``prompts``, for so many seconds."""
+
+    prompts: list[list[int]]
+    tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="stride minus one")
     parser.add_argument("--concurrency", type=int, nargs="*", default=[1, 8, 32, 64])
     parser.add_argument("--seconds", type=float, default=8, help="of load at each concurrency")
+    parser.add_argument("--tokens", type=int, default=128, help="of each text")
     parser.add_argument("--together", action="store_true", help="start both servers at once")
     parser.add_argument("--logs", type=Path, default=Path("runs/sglang"))
     parser.add_argument("--output", type=Path)
@@ -79,6 +89,7 @@ def main() -> None:
     }
     args.logs.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"options": args.options, "stride": args.steps + 1}
+    report["tokens"] = args.tokens
     texts = {}
     runs = {
         name: server(
@@ -94,9 +105,10 @@ def main() -> None:
                 begin = time.perf_counter()
                 wait(url, args.logs / f"{name}.log")
                 report[name] = {"ready_after_seconds": time.perf_counter() - begin}
-                replies, load = asyncio.run(measure(url, prompts, args.concurrency, args.seconds))
+                load = Load(prompts, args.tokens, args.seconds)
+                replies, figures = asyncio.run(measure(url, load, args.concurrency))
                 texts[name] = [reply["output_ids"] for reply in replies]
-                report[name] |= {"tokens_per_forward": tokens_per_forward(replies), "load": load}
+                report[name] |= {"tokens_per_forward": tokens_per_forward(replies), "load": figures}
                 print(name, json.dumps(report[name], indent=1), file=sys.stderr)
                 _write(args.output, report)
     report["prompts"] = len(prompts)
@@ -145,30 +157,28 @@ def wait(url: str, log: Path) -> None:
 
 
 async def measure(
-    url: str, prompts: list[list[int]], concurrency: list[int], seconds: float
+    url: str, load: Load, concurrency: list[int]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The reply to every prompt, then the figures at each concurrency."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        replies = await asyncio.gather(*(generate(client, p) for p in prompts))
+        replies = await asyncio.gather(*(generate(client, p, load.tokens) for p in load.prompts))
         figures = []
         for count in concurrency:
-            await under_load(client, prompts, count, seconds / 4)
-            figures.append(asdict(await under_load(client, prompts, count, seconds)))
+            await under_load(client, replace(load, seconds=load.seconds / 4), count)
+            figures.append(asdict(await under_load(client, load, count)))
     return replies, figures
 
 
-async def under_load(
-    client: httpx.AsyncClient, prompts: list[list[int]], concurrency: int, seconds: float
-) -> Figures:
-    """Keep ``concurrency`` requests running; none starts after ``seconds``."""
+async def under_load(client: httpx.AsyncClient, load: Load, concurrency: int) -> Figures:
+    """Keep ``concurrency`` requests running; none starts when the load's seconds are over."""
     begin = time.perf_counter()
-    order = itertools.cycle(prompts)
+    order = itertools.cycle(load.prompts)
     replies: list[dict[str, Any]] = []
 
     async def user() -> None:
-        while time.perf_counter() - begin < seconds:
-            replies.append(await generate(client, next(order)))
+        while time.perf_counter() - begin < load.seconds:
+            replies.append(await generate(client, next(order), load.tokens))
 
     await asyncio.gather(*(user() for _ in range(concurrency)))
     passed = time.perf_counter() - begin
@@ -193,9 +203,9 @@ def tokens_per_forward(replies: list[dict[str, Any]]) -> float:
     return sum(tokens) / sum(forwards)
 
 
-async def generate(client: httpx.AsyncClient, prompt: list[int]) -> dict[str, Any]:
-    """One greedy text of `TOKENS` tokens."""
-    params = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+async def generate(client: httpx.AsyncClient, prompt: list[int], tokens: int) -> dict[str, Any]:
+    """One greedy text."""
+    params = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     reply = await client.post("/generate", json={"input_ids": prompt, "sampling_params": params})
     reply.raise_for_status()
     result: dict[str, Any] = reply.json()
