@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from scipy.stats import chi2_contingency
 from idlm import LLM, SamplingParams
 from idlm.engine.grammar import Grammars
 from idlm.errors import InvalidRequestError
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("llguidance")
 
@@ -130,11 +132,101 @@ def test_masks_are_those_of_the_text_with_the_drafts(llm: LLM) -> None:
         ({"json_schema": {"const": "\ud800"}}, "json_schema cannot be used"),
         ({"json_schema": {}, "regex": "a"}, "not both"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"regex": "a\\"}, "backslash"),
+        ({"regex": r"[^\s\S]"}, "no text"),
+        ({"regex": r"\b"}, "regex cannot be used"),
+        ({"json_schema": {"$ref": "#"}}, "no text"),
     ],
 )
 def test_bad_grammars_are_refused(llm: LLM, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
-        llm.generate("The dog", SamplingParams(**fields))
+        llm.check([5, 6, 7], SamplingParams(**fields))
+
+
+@pytest.mark.parametrize(
+    ("regex", "text"),
+    [("a/b", "a/b"), (r"a\/b", "a/b"), (r"\\\\", r"\\"), ("/", "/"), ("a\nb", "a\nb"), ("", "")],
+)
+def test_any_character_may_stand_in_an_expression(llm: LLM, regex: str, text: str) -> None:
+    [output] = llm.generate("The dog", SamplingParams(regex=regex, max_tokens=8))
+    assert (output.text, output.finish_reason) == (text, "stop")
+
+
+# Like the default model's, this vocabulary has no token for some control characters, and none for
+# the first bytes of characters from U+40000 to U+BFFFF.
+MISSING = b"\x04\x06\xf1\xf2"
+RARE = "\U00040000"
+
+
+@pytest.fixture(scope="module")
+def poor(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    folder = tiny_model(tmp_path_factory.mktemp("poor"), mask_token_id=7)
+    return LLM(tiny_tokenizer(folder, without=MISSING), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"regex": "\x04"},
+        {"regex": "(a|b)*c?\x06"},
+        {"regex": f"a{RARE}"},
+        {"regex": "[\U00040000-\U000bffff]+"},
+        {"json_schema": {"const": RARE}},
+        {"json_schema": {"type": "object", "properties": {RARE: {}}, "required": [RARE]}},
+    ],
+)
+def test_what_no_tokens_can_write_is_refused(poor: LLM, fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="no text of this model"):
+        poor.check([5, 6, 7], SamplingParams(**fields))
+
+
+@settings(max_examples=200)
+@given(
+    st.text(alphabet="ab()|*?\\.{2}/\n\x04" + RARE, max_size=12),
+    st.randoms(use_true_random=False),
+)
+def test_an_expression_is_refused_or_kept_to(regex: str, random: Random) -> None:
+    llm = _shared()
+    grammars = Grammars(llm.tokenizer, llm.config.vocab_size, frozenset({2}))
+    try:
+        grammar = grammars.start(SamplingParams(regex=regex))
+        assert grammar is not None
+        tokens: list[int] = []
+        while len(tokens) < 20 and 2 not in tokens:
+            allowed_V = grammars.allowed([grammar], [[]], rows=1)[0, 0]
+            tokens.append(random.choice(allowed_V.nonzero().flatten().tolist()))
+            grammar.advance(tokens[-1])
+    except InvalidRequestError:
+        return
+    if tokens[-1] == 2:
+        with contextlib.suppress(re.error):  # in Python, `a**` is one
+            assert re.fullmatch(regex, llm.tokenizer.decode(tokens[:-1]))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"regex": f"a{RARE}|b\x06|cc"}, {"json_schema": {"enum": [f"a{RARE}", f"b{RARE}"]}}],
+)
+def test_a_text_that_cannot_go_on_says_so_and_harms_nobody(
+    poor: LLM, fields: dict[str, Any]
+) -> None:
+    """One way of the expression can be written; what a schema needs is not looked for."""
+    params = SamplingParams(regex="[0-9]{4}", seed=1)
+    [alone] = poor.generate("The dog", params)
+    prompt = poor.tokenizer.encode("The dog")
+    engine = poor.new_engine()
+    other = engine.add(prompt, params)
+    bad = [engine.add(prompt, SamplingParams(seed=n, **fields)) for n in range(8)]
+    while engine.busy:
+        engine.step()
+    for request in bad:
+        if request.finish_reason == "stop":
+            assert request.text == "cc"
+        else:
+            assert request.finish_reason == "error" and "cannot go on" in str(request.error)
+            assert isinstance(request.error, InvalidRequestError)
+    assert any(request.error for request in bad)
+    assert other.token_ids == alone.token_ids and other.finish_reason == "stop"
 
 
 _CACHE: list[LLM] = []
@@ -146,5 +238,5 @@ def _shared() -> LLM:
         from tempfile import mkdtemp
 
         folder = tiny_model(Path(mkdtemp()), mask_token_id=7)
-        _CACHE.append(LLM(folder, stride=4, dtype="float32"))
+        _CACHE.append(LLM(tiny_tokenizer(folder, without=MISSING), stride=4, dtype="float32"))
     return _CACHE[0]

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from idlm.engine.request import Request
 from idlm.errors import ResourceError
 from idlm.server.limits import Limits
 from tests.server.live import Live, serving, until
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
 SHORT: dict[str, Any] = {"max_tokens": 8, "ignore_eos": True, "temperature": 0}
@@ -301,6 +303,29 @@ def test_a_fault_that_passes_is_not_noticed(tiny_llm: LLM, monkeypatch: pytest.M
                 return
             texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
         assert texts == [output.text for output in offline]
+
+
+def test_grammars_that_lead_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The model has no token for the first byte of a character; that is the client's trouble."""
+    folder = tiny_tokenizer(tiny_model(tmp_path, mask_token_id=7), without=b"\xf1")
+    llm = LLM(folder, dtype="float32")
+    params: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True, "temperature": 0.8, "seed": 1}
+    offline = llm.generate("The dog", SamplingParams(**params))[0].text
+    schema = {"name": "a", "schema": {"enum": ["a\U00040000", "b\U00040000"]}}
+    late = {"response_format": {"type": "json_schema", "json_schema": schema}}
+    with serving(llm) as live, ThreadPoolExecutor(1) as pool:
+        other = pool.submit(live.complete, "The dog", **params)
+        until(lambda: live.server.worker.load().running == 1)
+        at_once = live.complete(guided_regex="a*\U00040000", stream=True)
+        assert at_once.status_code == 400 and "no text" in at_once.json()["error"]["message"]
+        whole = live.complete(**late)
+        assert whole.status_code == 400 and "cannot go on" in whole.json()["error"]["message"]
+        stream = live.complete(**late, stream=True)
+        assert stream.status_code == 200 and "[DONE]" not in stream.text
+        assert events(stream.text)[-1]["error"] == whole.json()["error"]
+        assert other.result().json()["choices"][0]["text"] == offline
+        assert live.server.worker.step_failures == 0
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_shutdown_finishes_what_it_can_and_ends_the_rest(tiny_llm: LLM) -> None:

@@ -79,15 +79,19 @@ def tiny_model(
     return folder
 
 
-def tiny_tokenizer(folder: Path) -> Path:
-    """Write a byte-level BPE tokenizer of `TOKENIZER_SIZE` tokens with a chat template."""
+def tiny_tokenizer(folder: Path, without: bytes = b"") -> Path:
+    """Write a byte-level BPE tokenizer of `TOKENIZER_SIZE` tokens with a chat template.
+
+    No token has a byte of ``without``, which must be control characters or first bytes of rare
+    characters: the trained vocabularies of some models lack them too.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=TOKENIZER_SIZE,
         special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=sorted(set(pre_tokenizers.ByteLevel.alphabet()) - _byte_letters(without)),
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT], trainer)
@@ -102,6 +106,12 @@ def tiny_tokenizer(folder: Path) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+def _byte_letters(raw: bytes) -> set[str]:
+    """The letters that stand for these bytes in a byte-level vocabulary: 0 to 32 come as U+0100
+    and up, 0xAE to 0xFF as themselves."""
+    return {chr(256 + byte if byte <= 32 else byte) for byte in raw}
 
 
 def tiny_sentencepiece_tokenizer(folder: Path, decoder: decoders.Decoder | None = None) -> Path:

@@ -25,6 +25,7 @@ from idlm.engine.request import Request
 from idlm.engine.runner import Runner
 from idlm.engine.scheduler import Scheduler
 from idlm.engine.stats import EngineStats
+from idlm.errors import InvalidRequestError
 from idlm.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -359,7 +360,8 @@ class Engine:
         self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        logger.error("Request %d failed.", request.id, exc_info=error)
+        if not isinstance(error, InvalidRequestError):  # else whoever asked is told
+            logger.error("Request %d failed.", request.id, exc_info=error)
         if not request.finished:
             request.fail(error)
             self._scheduler.remove(request)

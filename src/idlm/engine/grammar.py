@@ -8,9 +8,11 @@ exactly the distribution of the restricted model, and drafting need not know of 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +32,7 @@ JSON_STYLE: JsonCompileOptions = {
     "item_separator": ", ",
     "key_separator": ": ",
 }
+NO_TEXT = "NoExtensionBias"  # llguidance: there is no token that could come next
 
 
 class Grammar:
@@ -42,12 +45,23 @@ class Grammar:
         """Take a token of the text.
 
         Raises:
-            InvalidRequestError: the grammar is too costly to follow.
+            InvalidRequestError: see `check`.
         """
-        if not self.matcher.consume_token(token_id):
-            reason = self.matcher.get_error().partition("\n")[0]
+        self.matcher.consume_token(token_id)
+        self.check()
+
+    def check(self) -> None:
+        """See whether the text can go on.
+
+        Raises:
+            InvalidRequestError: it has come to where only characters fit that no token of the model
+                has, or the grammar is too costly to follow.
+        """
+        if self.matcher.is_error():
             raise InvalidRequestError(
-                f"The grammar could not be followed ({reason}); make it simpler."
+                "The text cannot go on: its json_schema or regex allows no token of this model "
+                f"here, or is too costly to follow ({_reason(self.matcher)}). Allow other texts, "
+                "or make it simpler."
             )
 
 
@@ -65,14 +79,16 @@ class Grammars:
         """The grammar of a request at the beginning of its text; None: it has none.
 
         Raises:
-            InvalidRequestError: the schema or expression is wrong or too complex.
+            InvalidRequestError: the schema or expression is wrong or too complex, or no text of
+                this model's tokens fits it.
             ResourceError: the library is not installed.
         """
         if not params.constrained:
             return None
         schema = None if params.json_schema is None else json.dumps(params.json_schema)
-        with self._lock:  # the copied matcher may be asked for by several threads
-            return Grammar(self._compile(schema, params.regex or "").deep_copy())
+        matcher = self._compile(schema, params.regex or "")  # takes a second, at worst
+        with self._lock:  # several threads may ask for it
+            return Grammar(matcher.deep_copy())
 
     def allowed(
         self, grammars: Sequence[Grammar | None], drafts: Sequence[Sequence[int]], rows: int
@@ -84,6 +100,9 @@ class Grammars:
         Returns:
             ``[B, rows, V]``, bool. Rows that no text can reach, and texts without a grammar, allow
             everything.
+
+        Raises:
+            InvalidRequestError: one of the texts cannot go on.
         """
         from llguidance.numpy import (
             fill_next_token_bitmask,
@@ -102,6 +121,7 @@ class Grammars:
                 )
             else:
                 fill_next_token_bitmask(grammar.matcher, bits_XW, first)
+            grammar.check()  # else an end token would be all that is allowed
         bits_XWb = (torch.from_numpy(bits_XW)[..., None] >> torch.arange(32)) & 1
         allowed_XV = bits_XWb.flatten(1)[:, : self._vocab_size].bool()
         return allowed_XV.unflatten(0, (len(grammars), rows))
@@ -134,16 +154,78 @@ class Grammars:
         name = "regex" if schema is None else "json_schema"
         try:
             if schema is None:
-                source = LLMatcher.grammar_from_regex(regex)
+                source = LLMatcher.grammar_from_lark(_lark(regex))
             else:
                 source = LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)
         except ValueError as error:
             raise InvalidRequestError(f"The {name} cannot be used: {error}.") from error
-        matcher = LLMatcher(self._library_tokenizer, source, log_level=0)
+        matcher = self._matcher(source)
+        if self._fits_nothing(matcher, regex if schema is None else None):
+            raise InvalidRequestError(
+                f"The {name} cannot be used: no text of this model's tokens fits it."
+            )
         if matcher.is_error():
-            reason = matcher.get_error().partition("\n")[0]
-            raise InvalidRequestError(f"The {name} cannot be used: {reason}.")
+            raise InvalidRequestError(f"The {name} cannot be used: {_reason(matcher)}.")
         return matcher
+
+    def _fits_nothing(self, matcher: llguidance.LLMatcher, regex: str | None) -> bool:
+        """Whether it is clear from the start that no text of this model's tokens fits.
+
+        Args:
+            regex: what ``matcher`` is of; None: of a schema.
+        """
+        if _reason(matcher) == NO_TEXT:
+            return True
+        if regex is None or not self._missing_characters:
+            return not self._missing_bytes.isdisjoint(matcher.compute_ff_bytes())
+        # Without what the model cannot write. Only asked whether anything is left: the library
+        # follows such an intersection at a far greater cost than the expression alone.
+        rest = self._matcher(f"{_lark(regex)} & /[^{self._missing_characters}]*/")
+        return _reason(rest) == NO_TEXT
+
+    def _matcher(self, source: str) -> llguidance.LLMatcher:
+        """A matcher of this grammar, after a look at its first tokens; it may have an error."""
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._library_tokenizer, source, log_level=0)
+        matcher.compute_bitmask()
+        return matcher
+
+    @cached_property
+    def _missing_bytes(self) -> frozenset[int]:
+        """Bytes of no token at all."""
+        tokens = self._library_tokenizer.decode_bytes(list(range(self._vocab_size)))
+        return frozenset(range(256)) - frozenset(tokens)
+
+    @cached_property
+    def _missing_characters(self) -> str:
+        """Those that begin with such bytes in UTF-8, as ranges of a character class."""
+        pages = [(c, c) for c in range(0x80)]  # of one first byte each
+        pages += [(c, c + 63) for c in range(0x80, 0x110000, 64) if not 0xD800 <= c < 0xE000]
+        ranges = ""
+        for first_byte, group in groupby(pages, key=lambda page: chr(page[0]).encode()[0]):
+            if first_byte in self._missing_bytes:
+                alike = list(group)
+                ranges += f"\\x{{{alike[0][0]:x}}}-\\x{{{alike[-1][1]:x}}}"
+        return ranges
+
+
+def _lark(regex: str) -> str:
+    """The grammar of texts that match ``regex``.
+
+    Raises:
+        InvalidRequestError: it ends amid an escape, which would reach into the grammar.
+    """
+    if (len(regex) - len(regex.rstrip("\\"))) % 2:
+        raise InvalidRequestError("The regex cannot be used: a backslash ends it; write two.")
+    # A slash would end it, too. Escaped pairs are passed over.
+    escaped = re.sub(r"(?s)\\.|/", lambda m: r"\/" if m[0] == "/" else m[0], regex)
+    return f"start: TEXT\nTEXT: /{escaped or '()'}/"
+
+
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    """Why a matcher is in an error state; empty if it is not."""
+    return matcher.get_error().partition("\n")[0]
 
 
 @lru_cache(maxsize=4)

@@ -27,6 +27,7 @@ from typing import Literal
 from idlm.decoding.params import SamplingParams
 from idlm.engine.engine import Engine
 from idlm.engine.request import FinishReason, Logprob, Request, Source
+from idlm.errors import InvalidRequestError
 from idlm.llm import LLM
 from idlm.server.errors import queue_full, shutting_down
 
@@ -366,7 +367,8 @@ class Worker:
         try:
             update = job.news()
         except Exception as error:
-            self.step_failures += job.request.error is error
+            own = isinstance(error, InvalidRequestError)  # a grammar that leads nowhere
+            self.step_failures += job.request.error is error and not own
             lane.jobs.remove(job)
             lane.engine.abort(job.request)
             self._fail(job, error)
