@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 PROMPT := Name the seven days of the week and the twelve months of the year.
 
-.PHONY: help demo test test-sglang lint bench clean
+.PHONY: help demo test test-sglang fuzz lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,6 +24,10 @@ test: $(VENV)/.dev  ## set up, then run the tests
 test-sglang: .venv-sglang/.done  ## set up SGLang (5 GB, Python 3.12), then run the tests of our plug-in
 	@echo "== test-sglang: pytest with SGLang's own server, on the CPU"
 	@.venv-sglang/bin/python -m pytest -m sglang tests/integrations/sglang
+
+fuzz: $(VENV)/.dev  ## set up, then send the server 2,000 requests made from its schema
+	@echo "== fuzz: schemathesis against the default model"
+	@IDLM_SCHEMA_EXAMPLES=1000 $(BIN)/python -m pytest -s tests/server/test_schema.py
 
 lint: $(VENV)/.dev  ## set up, then check style and types
 	@echo "== lint: ruff and mypy"
