@@ -23,6 +23,7 @@ from idlm.engine.engine import Engine
 from idlm.engine.request import Request
 from idlm.errors import ResourceError
 from idlm.server.limits import Limits
+from idlm.server.replies import CompletionReplies
 from tests.server.live import Live, serving, until
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -277,6 +278,25 @@ def test_a_failing_step_fails_only_its_request(
         streamed = live.complete([BAD, 5], stream=True, **params)
         assert events(streamed.text)[-1]["error"]["code"] == code
         assert live.complete("The dog", seed=0, **params).json()["choices"][0]["text"] == offline[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_cannot_be_written(
+    live: Live,
+    works: None,
+    stream: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def failing(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CompletionReplies, "part", failing)
+        response = live.complete(stream=stream, **LONG)
+    error = events(response.text)[-1]["error"] if stream else response.json()["error"]
+    assert response.status_code == (200 if stream else 500) and error["code"] == "internal_error"
+    assert any("boom" in str(record.exc_info) for record in caplog.records)  # as it says
 
 
 def test_a_fault_that_passes_is_not_noticed(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
@@ -38,6 +39,8 @@ from idlm.server.protocol import (
 )
 from idlm.server.replies import ChatReplies, CompletionReplies, Part, Replies
 from idlm.server.worker import Worker
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -268,6 +271,8 @@ class EventStream(Response):
         except Exception as error:
             timeout = isinstance(error, TimeoutError)
             failure = errors.timed_out(self._timeout) if timeout else errors.of(error)
+            if failure.status == 500:
+                logger.error("a stream failed", exc_info=error)
             self._log["error"] = failure.body["error"]["code"]
             async with asyncio.timeout(1):
                 await _send_part(send, b"data: " + failure.content() + b"\n\n")
