@@ -157,6 +157,35 @@ def test_uniform_draws_fill_the_unit_interval() -> None:
     assert float(u.min()) > 0 and float(u.max()) < 1
 
 
+@given(
+    st.sampled_from([0, 1e-5, 5e-324, 1e6]),
+    st.sampled_from([0.01, 1, 100]),
+    st.sampled_from([5e-324, 0.5, 1]),
+    st.sampled_from([0, 5e-324, 1]),
+    st.sampled_from([-100, 5e-324, 100]),
+    st.sampled_from([-2, 0, 2]),
+)
+def test_the_utmost_parameters_still_give_a_distribution(
+    temperature: float, repetition: float, top_p: float, min_p: float, bias: float, penalty: float
+) -> None:
+    params = SamplingParams(
+        temperature=temperature,
+        repetition_penalty=repetition,
+        top_p=top_p,
+        min_p=min_p,
+        logit_bias={5: bias, 7: bias},
+        presence_penalty=penalty,
+        frequency_penalty=-penalty,
+    )
+    logits = random_logits()
+    logits[..., 3] = -torch.inf  # the mask token, which is never sampled
+    logits[..., 9] = 0
+    [probs_V] = distribution(logits, batch(params, prompt=[3, 9], output=[5, 9]), NO_DRAFTS)[0]
+    assert (
+        float(probs_V.sum()) == pytest.approx(1) and probs_V[3] == 0 and bool((probs_V >= 0).all())
+    )
+
+
 @pytest.mark.parametrize(
     "bad",
     [
@@ -169,7 +198,10 @@ def test_uniform_draws_fill_the_unit_interval() -> None:
         {"top_p": 1.1},
         {"min_p": -0.1},
         {"min_p": 1.1},
+        {"temperature": 1e39},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 5e-324},
+        {"repetition_penalty": 1e39},
         {"presence_penalty": 2.5},
         {"frequency_penalty": -2.5},
         {"seed": 2**63},

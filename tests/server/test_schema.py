@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +19,12 @@ from idlm import LLM
 from idlm.server.limits import Limits
 from tests.server.live import Live, serving, until
 
-EXAMPLES = int(os.environ.get("IDLM_SCHEMA_EXAMPLES", "25"))  # for each of two endpoints
+# Cases for each operation, besides those at the bounds of every field (coverage).
+FULL = "IDLM_FUZZ" in os.environ
+PHASES, EXAMPLES, LEAST = (
+    ("examples,coverage,fuzzing", 700, 2000) if FULL else ("examples,fuzzing", 25, 50)
+)
+TEXTS = ("/v1/chat/completions", "/v1/completions")
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",
@@ -31,7 +35,7 @@ CHECKS = (
 
 @pytest.fixture(scope="module")
 def live_default(default_llm: LLM) -> Iterator[Live]:
-    limits = Limits(max_prompt_tokens=64, max_output_tokens=2, max_choices=2)
+    limits = Limits(max_prompt_tokens=512, max_output_tokens=2)
     with serving(default_llm, limits) as live:
         yield live
 
@@ -42,9 +46,9 @@ def test_no_server_error_and_no_undocumented_status(
     caplog.set_level(logging.INFO, "idlm")
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{live_default.url}/openapi.json"),
-        *("--checks", ",".join(CHECKS), "--phases", "examples,fuzzing"),
+        *("--checks", ",".join(CHECKS), "--phases", PHASES),
         *("--max-examples", str(EXAMPLES), "--continue-on-failure", "--request-timeout", "60"),
-        *("--generation-deterministic", "--no-color"),
+        *("--seed", "1", "--no-color"),
     ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     until(live_default.idle)
@@ -52,10 +56,8 @@ def test_no_server_error_and_no_undocumented_status(
     by_status = Counter((a["path"], a["status"]) for a in answers)
     print(result.stdout, *(f"{n:6} {path} {s}" for (path, s), n in by_status.items()), sep="\n")
     assert result.returncode == 0, result.stdout + result.stderr
-    generated = re.search(r"(\d+) generated", result.stdout)
-    assert generated is not None and int(generated[1]) >= 2 * EXAMPLES
-    for path in ("/v1/chat/completions", "/v1/completions"):
-        assert by_status[path, 200] and by_status[path, 400]
+    assert sum(n for (path, _), n in by_status.items() if path in TEXTS) >= LEAST
+    assert all(by_status[path, 200] for path in TEXTS)  # some of them are right
     # A failure of the server amid a stream of status 200, and what it says of any other.
     assert not [answer for answer in answers if answer.get("error")]
     assert not [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]

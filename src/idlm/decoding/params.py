@@ -22,7 +22,7 @@ class SamplingParams:
         top_p: keep the likeliest tokens that together reach this probability; 1: all.
         min_p: drop tokens below this share of the likeliest token's probability; 0: none.
         repetition_penalty: > 1 divides positive (multiplies negative) logits of tokens that
-            stand in the prompt or the output.
+            stand in the prompt or the output; in [0.01, 100].
         presence_penalty: subtracted from the logits of tokens in the output, in [-2, 2].
         frequency_penalty: the same, times the number of occurrences.
         logit_bias: token id to a bias added to its logit, in [-100, 100].
@@ -58,11 +58,11 @@ class SamplingParams:
     regex: str | None = None
 
     def __post_init__(self) -> None:
-        self._number("temperature", 0, math.inf)
+        self._number("temperature", 0, 1e6)  # beyond its bounds and the penalty's, sums overflow
         self._integer("top_k", -1, math.inf)
         self._number("top_p", 0, 1, open_below=True)
         self._number("min_p", 0, 1)
-        self._number("repetition_penalty", 0, math.inf, open_below=True)
+        self._number("repetition_penalty", 0.01, 100)
         self._number("presence_penalty", -2, 2)
         self._number("frequency_penalty", -2, 2)
         if self.seed is not None:

@@ -25,6 +25,14 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _with_examples(*bodies: dict[str, Any]) -> ConfigDict:
+    """Whole bodies that the schema shows; tools make requests of their own from them."""
+    return ConfigDict(json_schema_extra={"examples": list(bodies)})
+
+
+_SKY = [{"role": "user", "content": "Why is the sky blue?"}]
+
+
 class StreamOptions(Body):
     """What a stream says besides text."""
 
@@ -93,7 +101,7 @@ class GenerationBody(Body):
     min_p: float | None = Field(
         None, ge=0, le=1, description="Drop tokens below this share of the likeliest one's."
     )
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     ignore_eos: bool | None = Field(None, description="Go on past the model's end tokens.")
     stop_token_ids: list[TokenId] | None = None
     stride: int | None = Field(
@@ -145,6 +153,13 @@ class Message(Body):
 class ChatCompletionBody(GenerationBody):
     """The body of ``/v1/chat/completions``."""
 
+    model_config = _with_examples(
+        {"messages": _SKY, "temperature": 0.7, "seed": 1},
+        {"messages": _SKY, "stream": True, "stream_options": {"include_usage": True}},
+        {"messages": _SKY, "n": 2, "logprobs": True, "top_logprobs": 3, "stop": ["\n"]},
+        {"messages": _SKY, "response_format": {"type": "json_object"}, "stride": 4},
+    )
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="As max_tokens.")
     logprobs: bool | None = None
@@ -165,6 +180,12 @@ class ChatCompletionBody(GenerationBody):
 
 class CompletionBody(GenerationBody):
     """The body of ``/v1/completions``."""
+
+    model_config = _with_examples(
+        {"prompt": "1, 2, 3,", "temperature": 0},
+        {"prompt": ["One", "Two"], "n": 2, "echo": True, "logprobs": 2, "stream": True},
+        {"prompt": "Answer:", "guided_regex": " (yes|no)", "verification": "coupled"},
+    )
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]] = Field(
         description="Text or token ids; one prompt or several."
