@@ -161,7 +161,7 @@ RARE = "\U00040000"
 @pytest.fixture(scope="module")
 def poor(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     folder = tiny_model(tmp_path_factory.mktemp("poor"), mask_token_id=7)
-    return LLM(tiny_tokenizer(folder, without=MISSING), dtype="float32")
+    return LLM(tiny_tokenizer(folder, without=MISSING), stride=4, dtype="float32")
 
 
 @pytest.mark.parametrize(

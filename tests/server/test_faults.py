@@ -328,7 +328,7 @@ def test_a_fault_that_passes_is_not_noticed(tiny_llm: LLM, monkeypatch: pytest.M
 def test_grammars_that_lead_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The model has no token for the first byte of a character; that is the client's trouble."""
     folder = tiny_tokenizer(tiny_model(tmp_path, mask_token_id=7), without=b"\xf1")
-    llm = LLM(folder, dtype="float32")
+    llm = LLM(folder, stride=4, dtype="float32")
     params: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True, "temperature": 0.8, "seed": 1}
     offline = llm.generate("The dog", SamplingParams(**params))[0].text
     schema = {"name": "a", "schema": {"enum": ["a\U00040000", "b\U00040000"]}}
