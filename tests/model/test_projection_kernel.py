@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from idlm.model.cuda.projection import LowRank, add, begin, normed, project
+from idlm.model.cuda.paged_attention import Rows, rotate_and_append
+from idlm.model.cuda.projection import Heads, LowRank, add, begin, normed, project
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -168,6 +169,64 @@ def test_mask_rows_may_lie_anywhere(
     case.order_N = torch.randperm(rows)
     surroundings = PLAIN | surroundings
     assert relative_error(case.run(**surroundings), case.expected(**surroundings)) < 1e-5
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "surroundings", [{"bias": True}, {"norm": True, "gated": True}, {"residual": True}]
+)
+def test_many_rows_are_fetched_as_boxes(surroundings: dict[str, bool], merged: bool) -> None:
+    case = Case(130, 70, 96, (64, 64), 8, torch.float16)
+    case.merged = merged
+    surroundings = PLAIN | surroundings
+    assert relative_error(case.run(**surroundings), case.expected(**surroundings)) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ["base", "low rank", "merged"])
+@pytest.mark.parametrize(
+    ("requests", "clean", "masks", "dim"), [(3, 1, 0, 64), (2, 0, 3, 64), (5, 4, 12, 80)]
+)
+def test_heads_go_where_they_belong(
+    requests: int, clean: int, masks: int, dim: int, kind: str, dtype: torch.dtype
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(dtype).to(DEVICE)
+
+    queries, keys, inputs, R = 3, 1, 96, clean + masks
+    modules = (queries * dim, keys * dim, keys * dim)
+    weight_OI = random(sum(modules), inputs) * inputs**-0.5
+    merged_OI = random(*weight_OI.shape) * inputs**-0.5 if kind == "merged" else None
+    low_rank = LowRank(random(12, inputs) * 0.1, random(len(weight_OI), 4), modules, merged_OI)
+    start_B = torch.randint(60, (requests,), generator=draw).to(DEVICE)
+    rows = Rows(
+        requests,
+        clean,
+        masks,
+        torch.randperm(6 * requests, generator=draw).view(requests, 6).int().to(DEVICE),
+        start_B,
+        start_B[:, None] + torch.arange(R, device=DEVICE),
+        torch.ones(requests, R, R, dtype=torch.bool, device=DEVICE),
+    )
+    half = dim // 2
+    cos_ND, sin_ND = random(2, requests * R, half).repeat(1, 1, 2)
+    sin_ND[:, :half] *= -1
+    given = begin(random(requests * R, inputs), random(inputs), 1e-5)
+    update: dict[str, Any] = {
+        "low_rank": None if kind == "base" else low_rank,
+        "first_mask": rows.first_mask,
+    }
+    after = [torch.zeros(2, 6 * requests, keys, 16, dim, dtype=dtype, device=DEVICE) for _ in "ab"]
+    expected_NW = project(given, weight_OI, **update)
+    rotate_and_append(expected_NW, cos_ND, sin_ND, *after[0], rows)
+    heads = Heads(cos_ND, sin_ND, *after[1], rows)
+    actual_NW = project(given, weight_OI, heads=heads, **update)
+    bound = 1e-5 if dtype is torch.float32 else 2e-3
+    width = modules[0]
+    assert relative_error(actual_NW[:, :width], expected_NW[:, :width].double()) < bound
+    assert relative_error(after[1], after[0].double()) < bound
 
 
 def test_clean_rows_are_those_of_the_base_model() -> None:

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from idlm.model.cuda.overlap import overlap, wait
+
 # Keys per step of the loop, and in the shortest part.
 STEP_KEYS = 64
 PART_KEYS = 64
@@ -23,6 +25,7 @@ PROGRAMS = 256
 # Packed rows of one program; the matrix units want 16 at least. From 64 on they would do other
 # instructions: with bf16, rows of a wide forward then came out other than the same rows alone.
 MIN_ROWS, MAX_ROWS = 16, 32
+MERGED_ROWS = 32  # parts of rows that one program merges
 # Heads of one program that rotates.
 HEADS = 16
 
@@ -115,6 +118,7 @@ def rotate_and_append(
         HEADS=HEADS,
         HALF=triton.next_power_of_2(D // 2),
         num_warps=2,
+        **overlap(),
     )
 
 
@@ -181,20 +185,24 @@ def attend(
         SPLIT=parts > 1,
         STEPS=_fixed_steps(rows.table_BP.shape[1] * T),
         num_warps=4,
-        num_stages=2,
+        num_stages=3 if k_NKTD.itemsize == 2 else 2,
+        **overlap(),
     )
     if parts > 1:
-        dim = triton.next_power_of_2(D)
-        _merge[(N * Q,)](
+        dim, slots = triton.next_power_of_2(D), triton.next_power_of_2(parts)
+        together = max(1, MERGED_ROWS // slots)
+        _merge[(triton.cdiv(N * Q, together),)](
             partial,
             worth,
             out_NX,
             N * Q,
             parts,
-            SLOTS=MAX_PARTS,
+            ROWS=together,
+            SLOTS=slots,
             D=D,
             DIM=dim,
-            num_warps=max(1, MAX_PARTS * dim // 2048),
+            num_warps=max(1, together * slots * dim // 2048),
+            **overlap(),
         )
     return out_NX
 
@@ -236,8 +244,10 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
     T: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Some heads of one row."""
+    wait(OVERLAP)
     row = tl.program_id(0)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
     lane = tl.arange(0, HALF)[None, :]
@@ -316,6 +326,7 @@ def _attend(  # type: ignore[no-untyped-def]
     REACH: tl.constexpr,
     SPLIT: tl.constexpr,
     STEPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One KV head of one request: a tile of packed rows over one part of the keys."""
     b = tl.program_id(0) // K
@@ -329,6 +340,7 @@ def _attend(  # type: ignore[no-untyped-def]
     flat = _flat(b, tl.minimum(row, R - 1), B, clean, masks).to(tl.int64)
     dims = tl.arange(0, DIM)
     real_dim = dims < D
+    wait(OVERLAP)
     start = tl.load(start_ptr + b).to(tl.int32)
     # Parts of equal length, but none is short: a short text has fewer of them. The length does not
     # depend on the rows in flight; the last part has them all.
@@ -346,13 +358,17 @@ def _attend(  # type: ignore[no-untyped-def]
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, DIM], tl.float32)
+    # Where the next step's keys are is known one step ahead, so that they can be fetched meanwhile.
+    coming = first + tl.arange(0, KEYS)
+    block = tl.load(table_ptr + b * table_stride + coming // T, mask=coming < end, other=0)
     # Interpreted, the loop goes on to a fixed end and masks what is too much.
     for step in tl.range(0, STEPS if STEPS else end - first, KEYS):
         keys = first + step + tl.arange(0, KEYS)
         there = keys < end
-        block = tl.load(table_ptr + b * table_stride + keys // T, mask=there, other=0)
         cell = block.to(tl.int64) * cache_stride_n + head * cache_stride_h
         cell += (keys % T) * cache_stride_t
+        coming = keys + KEYS
+        block = tl.load(table_ptr + b * table_stride + coming // T, mask=coming < end, other=0)
         k = tl.load(
             k_cache_ptr + cell[None, :] + dims[:, None],
             mask=there[None, :] & real_dim[:, None],
@@ -410,23 +426,27 @@ def _merge(  # type: ignore[no-untyped-def]
     out_ptr,
     N,
     parts,
+    ROWS: tl.constexpr,
     SLOTS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One output row from the shares of the parts."""
-    n = tl.program_id(0).to(tl.int64)
+    """Some output rows from the shares of the parts."""
+    wait(OVERLAP)
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
-    slots = tl.arange(0, SLOTS)
-    worth = tl.load(worth_ptr + slots.to(tl.int64) * N + n, mask=slots < parts, other=float("-inf"))
-    top = tl.max(worth, 0)
-    share = tl.exp(worth - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(share, 0)
-    there = (worth > float("-inf"))[:, None] & (dims < D)[None, :]
+    share_RS = n[:, None] + tl.arange(0, SLOTS).to(tl.int64)[None, :] * N
+    there = (n < N)[:, None] & (tl.arange(0, SLOTS) < parts)[None, :]
+    worth = tl.load(worth_ptr + share_RS, mask=there, other=float("-inf"))
+    top = tl.max(worth, 1)
+    share = tl.exp(worth - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    total = tl.sum(share, 1)
+    there = (worth > float("-inf"))[:, :, None] & (dims < D)[None, None, :]
     partial = tl.load(
-        partial_ptr + (slots[:, None].to(tl.int64) * N + n) * D + dims[None, :],
-        mask=there,
-        other=0.0,
+        partial_ptr + share_RS[:, :, None] * D + dims[None, None, :], mask=there, other=0.0
     )
-    out = tl.sum(partial * share[:, None], 0) / tl.where(total > 0.0, total, 1.0)
-    tl.store(out_ptr + n * D + dims, out.to(out_ptr.dtype.element_ty), mask=dims < D)
+    out = tl.sum(partial * share[:, :, None], 1) / tl.where(total > 0.0, total, 1.0)[:, None]
+    out = out.to(out_ptr.dtype.element_ty)
+    written = (n < N)[:, None] & (dims < D)[None, :]
+    tl.store(out_ptr + n[:, None] * D + dims[None, :], out, mask=written)

@@ -2,8 +2,8 @@
 
 One launch computes ``y = f(x) W^T`` for all rows and ``+ (f(x) A^T) B^T`` for the mask rows, which
 come last (in memory, or in an order that is given); ``f`` is nothing or the RMS norm before the
-projection. On the way out, the two halves of a gated MLP become one, or the result is added to the
-residual stream.
+projection. On the way out, the two halves of a gated MLP become one, heads are rotated and go where
+they belong, or the result is added to the residual stream.
 
 Where the mask rows have weights of their own (``W + B A``), their tiles read those. Otherwise the
 first programs make ``z = f(x) A^T`` of the mask rows, once; the others make a tile of the base
@@ -22,13 +22,19 @@ from math import gcd
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from idlm.model.cuda.overlap import fetch, overlap, wait
+from idlm.model.cuda.paged_attention import Rows
 
 # The matrix units want 16 rows at least.
 MIN_ROWS = 16
 FEW_ROWS = tl.constexpr(MIN_ROWS)
 # Memory of a program that shares a multiprocessor with others, and of one that need not.
-SHARED_BYTES, ALONE_BYTES = 65_536, 131_072
+SHARED_BYTES, BOXES_BYTES, ALONE_BYTES = 65_536, 98_304, 131_072
 PROGRAMS = 132  # multiprocessors, about
+ENOUGH = 100  # programs that keep most of them busy
+BOX_ROWS = 64  # tiles of so many rows are fetched as boxes; fewer gain nothing from it
 
 
 @dataclass(frozen=True)
@@ -85,19 +91,23 @@ def tile_of(
         height, width, warps = MIN_ROWS, 32 if outputs >= (8192 if heavy else 2048) else 16, 2
     elif rows <= 32 or (rows <= 64 and outputs < 2048):
         height, width, warps = 32, 32 if heavy else 16, 4
-    elif rows < 768 or outputs < 768:
+    elif rows * outputs < 1 << 22:
         height, warps = 64, 4
-        width = 64 if triton.cdiv(rows, 64) * triton.cdiv(outputs, 64) >= 96 else 32
+        tiles = triton.cdiv(rows, height)
+        widths = (128, 64) if itemsize == 2 else (64,)
+        width = next((w for w in widths if tiles * triton.cdiv(outputs, w) >= ENOUGH), 32)
     else:
-        height, width, warps = 128, 128 if rows * outputs >= 1 << 22 else 64, 8
+        height, width, warps = 128, 128, 8
     if len(modules) > 1:
         width = min(width, gcd(*modules) & -gcd(*modules))
-    programs = triton.cdiv(rows, height) * triton.cdiv(outputs, width)
-    alone = programs <= PROGRAMS
-    step = 128 if itemsize == 2 and (heavy if few else height == 64 and alone) else 64
-    # One program on a multiprocessor may have more of its memory than those that share one.
-    shared = _memory() if alone or height == 128 else SHARED_BYTES
-    most = (3 if heavy and not alone and width > 16 else 8) if few else 6 if height == 32 else 4
+    alone = triton.cdiv(rows, height) * triton.cdiv(outputs, width) <= PROGRAMS
+    step = 128 if itemsize == 2 and (heavy if few else (height, width) == (64, 32)) else 64
+    if height >= BOX_ROWS:
+        shared, most = BOXES_BYTES if height == BOX_ROWS else _memory(), 6
+    else:
+        # One program on a multiprocessor may have more of its memory than those that share one.
+        shared = _memory() if alone else SHARED_BYTES
+        most = (3 if heavy and not alone and width > 16 else 8) if few else 6
     stages = min(most, triton.cdiv(inputs, step), shared // ((height + width) * step * itemsize))
     return Tile(height, width, step, warps, max(2, stages))
 
@@ -137,12 +147,38 @@ class Stream:
     eps: float
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Where the heads of queries, keys and values go, which are the outputs of a projection.
+
+    Attributes:
+        cos_ND, sin_ND: as `paged_attention.rotate_and_append` takes them.
+        k_NKTD, v_NKTD: the cache; it gets the keys, rotated, and the values.
+        rows: of the forward.
+    """
+
+    cos_ND: torch.Tensor
+    sin_ND: torch.Tensor
+    k_NKTD: torch.Tensor
+    v_NKTD: torch.Tensor
+    rows: Rows
+
+
 def begin(x_NH: torch.Tensor, norm_H: torch.Tensor, eps: float) -> Stream:
     """A stream of its own that is ``x``, dense, and goes into the norm of weight ``norm``."""
     N, H = x_NH.shape
     own_NH, scaled_NH = torch.empty_like(x_NH), torch.empty_like(x_NH)
     squares_N1 = torch.empty((N, 1), dtype=torch.float64, device=x_NH.device)
-    _begin[(N,)](x_NH, norm_H, own_NH, scaled_NH, squares_N1, H=H, WIDTH=triton.next_power_of_2(H))
+    _begin[(N,)](
+        x_NH,
+        norm_H,
+        own_NH,
+        scaled_NH,
+        squares_N1,
+        H=H,
+        WIDTH=triton.next_power_of_2(H),
+        **overlap(),
+    )
     return Stream(own_NH, scaled_NH, squares_N1, eps)
 
 
@@ -160,6 +196,7 @@ def normed(stream: Stream) -> torch.Tensor:
         H=H,
         WIDTH=triton.next_power_of_2(H),
         PARTS=triton.next_power_of_2(P),
+        **overlap(),
     )
     return out_NH
 
@@ -175,6 +212,7 @@ def project(
     gated: bool = False,
     addend_NO: torch.Tensor | None = None,
     order_N: torch.Tensor | None = None,
+    heads: Heads | None = None,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """``f(x) @ weight.T + bias``, with the update on the rows from ``first_mask``.
@@ -185,6 +223,8 @@ def project(
         addend_NO: added to the outputs; rows may lie apart.
         gated: the outputs are gate and up; the result is ``silu(gate) * up``, ``[N, O / 2]``.
         order_N: int64; the rows, those with an update last. None: they lie in that order.
+        heads: the outputs are queries, keys and values; queries are rotated, and keys and values
+            go into the cache instead of the result. Not together with ``order``.
     Returns:
         ``[N, O]``; sums are made in fp32 and rounded once.
     """
@@ -204,6 +244,7 @@ def project(
         order_N,
         None,
         tile,
+        heads,
     )
     return y_NO
 
@@ -262,23 +303,38 @@ def _launch(
     order_N: torch.Tensor | None,
     onward: tuple[Stream, torch.Tensor] | None,
     tile: Tile | None,
+    heads: Heads | None = None,
 ) -> None:
     """Write ``y``; with ``onward`` and the weight of its norm, add to it and go on."""
     x_NI = x.scaled_NH if isinstance(x, Stream) else x
     N, (O, I) = len(x_NI), weight_OI.shape  # noqa: E741
     modules = low_rank.modules if low_rank and not gated else (O,)
+    D = heads.k_NKTD.shape[3] if heads else 0
+    if heads:  # no tile has two heads
+        modules = (*modules, D)
     tile = tile or tile_of(N, O, I, modules, x_NI.itemsize)
+    if heads:
+        modules = modules[:-1]
     masks = N - first_mask if low_rank else 0
+    boxed = tile.rows >= BOX_ROWS and x_NI.itemsize == 2 and I % 8 == 0 and order_N is None
+    box_outputs = tile.outputs // 2 if (gated or heads) and boxed else tile.outputs
     row_tiles, makers, z_MZ, merged_OI = triton.cdiv(N, tile.rows), 0, y_NO, None
     if low_rank and masks and low_rank.merged_OI is not None:
         merged_OI = low_rank.merged_OI
         row_tiles = triton.cdiv(first_mask, tile.rows) + triton.cdiv(masks, tile.rows)
     elif low_rank and masks:
         Z = len(low_rank.A_ZI)
-        makers = triton.cdiv(masks, tile.rows) * triton.cdiv(Z, tile.outputs)
+        makers = triton.cdiv(masks, tile.rows) * triton.cdiv(Z, box_outputs)
         z_MZ = torch.empty((masks, Z), dtype=x_NI.dtype, device=x_NI.device)
     if ready_1 is None:
         ready_1 = _nothing(x_NI.device) if makers == 0 else _zero(x_NI.device)
+    x_box = weight_box = mask_box = None
+    if boxed:
+        x_box = TensorDescriptor.from_tensor(x_NI, [tile.rows, tile.inputs])
+        weight_box = TensorDescriptor.from_tensor(weight_OI, [box_outputs, tile.inputs])
+        if low_rank and masks:
+            others = low_rank.A_ZI if merged_OI is None else merged_OI
+            mask_box = TensorDescriptor.from_tensor(others, [box_outputs, tile.inputs])
     rank = low_rank.B_OZ.shape[1] if low_rank else 1
     # Where the second and third module begin; one that is not there begins behind the end.
     second = modules[0] if len(modules) > 1 else O
@@ -306,6 +362,16 @@ def _launch(
         makers,
         parts,
         x.eps if isinstance(x, Stream) else 0.0,
+        x_box,
+        weight_box,
+        mask_box,
+        *_places_of(heads, y_NO),
+        BOXED=boxed,
+        HEADS=heads is not None,
+        Q=O // D - 2 * heads.k_NKTD.shape[1] if heads else 0,
+        K=heads.k_NKTD.shape[1] if heads else 0,
+        D=max(D, 2),
+        T=heads.k_NKTD.shape[2] if heads else 1,
         SECOND=second,
         THIRD=third,
         BIAS=bias_O is not None,
@@ -326,16 +392,45 @@ def _launch(
         INPUTS=tile.inputs,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **overlap(),
+    )
+
+
+def _places_of(heads: Heads | None, nothing: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
+    """What the kernel is told of the heads."""
+    if heads is None:
+        return (nothing,) * 6 + (0,) * 7
+    rows, k_NKTD = heads.rows, heads.k_NKTD
+    return (
+        heads.cos_ND,
+        heads.sin_ND,
+        k_NKTD,
+        heads.v_NKTD,
+        rows.table_BP,
+        rows.start_B,
+        rows.requests,
+        rows.clean,
+        rows.masks,
+        *k_NKTD.stride()[:3],
+        rows.table_BP.stride(0),
     )
 
 
 @triton.jit
 def _begin(  # type: ignore[no-untyped-def]
-    x_ptr, norm_ptr, own_ptr, scaled_ptr, squares_ptr, H: tl.constexpr, WIDTH: tl.constexpr
+    x_ptr,
+    norm_ptr,
+    own_ptr,
+    scaled_ptr,
+    squares_ptr,
+    H: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row of a stream."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, WIDTH)
+    wait(OVERLAP)
     x = tl.load(x_ptr + row * H + lane, mask=lane < H, other=0.0)
     scale = tl.load(norm_ptr + lane, mask=lane < H, other=0.0).to(tl.float32)
     wide = x.to(tl.float32)
@@ -356,8 +451,10 @@ def _divide(  # type: ignore[no-untyped-def]
     H: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row behind its norm."""
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     lane, part = tl.arange(0, WIDTH), tl.arange(0, PARTS)
     squares = tl.load(squares_ptr + row * parts + part, mask=part < parts, other=0.0)
@@ -370,40 +467,23 @@ def _divide(  # type: ignore[no-untyped-def]
 @triton.jit
 def _product(  # type: ignore[no-untyped-def]
     x_ptr,
-    squares_ptr,
     weight_ptr,
     rows,
-    end,
+    there,
     outputs,
-    order_ptr,
-    parts,
-    eps,
-    ORDERED: tl.constexpr,
-    PARTS: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """``f(x) weight^T`` of these rows (before ``end``) and outputs, fp32."""
-    # A row that is not there stands for the last one. Where that may be most of a tile, it is not
-    # read at all: every program would fetch the same few bytes over and over.
+    """``x weight^T`` of these rows and outputs, fp32."""
+    # Where most of a tile may not be there, that is not read: every program would fetch the same
+    # few bytes over and over.
     sparse: tl.constexpr = ROWS <= FEW_ROWS
-    there = (rows < end)[:, None]
-    if not sparse:
-        rows = tl.minimum(rows, end - 1)
-    if ORDERED:
-        rows = tl.load(order_ptr + tl.minimum(rows, end - 1))
-    x_rows_ptr = x_ptr + rows[:, None].to(tl.int64) * I
+    there = there[:, None]
+    x_rows_ptr = x_ptr + rows[:, None] * I
     weight_rows_ptr = weight_ptr + outputs[None, :].to(tl.int64) * I
     y = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    if PARTS:
-        part = tl.arange(0, PARTS)[None, :]
-        squares = tl.load(
-            squares_ptr + rows[:, None].to(tl.int64) * parts + part,
-            mask=(part < parts) & there if sparse else part < parts,
-            other=0.0,
-        )
     for first in tl.range(0, I, INPUTS):
         inputs = first + tl.arange(0, INPUTS)
         if I % INPUTS == 0:
@@ -418,13 +498,45 @@ def _product(  # type: ignore[no-untyped-def]
                 weight_rows_ptr + inputs[:, None], mask=(inputs < I)[:, None], other=0.0
             )
         y = tl.dot(x, weight, y, input_precision="ieee")
-    if PARTS:
-        mean = tl.sum(squares.to(tl.float64), 1).to(tl.float32) / I
-        y = y * (1.0 / tl.sqrt(mean + eps))[:, None]
     return y
 
 
-@triton.jit(do_not_specialize=["addend_stride", "N", "first_mask", "makers", "parts"])
+@triton.jit
+def _boxed(  # type: ignore[no-untyped-def]
+    x_box,
+    weight_box,
+    first_row,
+    first_output,
+    APART: tl.constexpr,
+    PAIRED: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+):
+    """``x weight^T`` of these rows and outputs, fp32; paired: and of the outputs ``APART``."""
+    y = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    other = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    for first in tl.range(0, I, INPUTS):
+        x = x_box.load([first_row, first])
+        y = tl.dot(x, weight_box.load([first_output, first]).T, y)
+        if PAIRED:
+            other = tl.dot(x, weight_box.load([first_output + APART, first]).T, other)
+    return y, other
+
+
+@triton.jit(
+    do_not_specialize=[
+        "addend_stride",
+        "N",
+        "first_mask",
+        "makers",
+        "parts",
+        "requests",
+        "clean",
+        "masks",
+    ]
+)
 def _project(  # type: ignore[no-untyped-def]
     x_ptr,
     squares_ptr,
@@ -447,6 +559,28 @@ def _project(  # type: ignore[no-untyped-def]
     makers,
     parts,
     eps,
+    x_box,
+    weight_box,
+    mask_box,
+    cos_ptr,
+    sin_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    table_ptr,
+    start_ptr,
+    requests,
+    clean,
+    masks,
+    cache_stride_n,
+    cache_stride_h,
+    cache_stride_t,
+    table_stride,
+    BOXED: tl.constexpr,
+    HEADS: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    T: tl.constexpr,
     SECOND: tl.constexpr,
     THIRD: tl.constexpr,
     BIAS: tl.constexpr,
@@ -465,86 +599,129 @@ def _project(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """A tile of ``z``, then a tile of ``y``."""
+    """A tile of ``z`` or of ``y``."""
     program = tl.program_id(0)
-    # An output that is not there stands for the last one; what it gives is not stored.
-    if program < makers:
-        mask_tiles = tl.cdiv(N - first_mask, ROWS)
-        masks = (program % mask_tiles) * ROWS + tl.arange(0, ROWS)
-        ranks = (program // mask_tiles) * OUTPUTS + tl.arange(0, OUTPUTS)
-        rows = first_mask + masks
-        z = _product(
-            x_ptr,
-            squares_ptr,
-            A_ptr,
-            rows,
-            N,
-            tl.minimum(ranks, Z - 1),
-            order_ptr,
-            parts,
-            eps,
-            ORDERED,
-            PARTS,
-            I,
-            ROWS,
-            OUTPUTS,
-            INPUTS,
-        )
-        there = (first_mask + masks < N)[:, None] & (ranks < Z)[None, :]
-        tl.store(
-            z_ptr + masks[:, None] * Z + ranks[None, :], z.to(z_ptr.dtype.element_ty), mask=there
-        )
-        # All threads have stored before one of them says so.
-        tl.debug_barrier()
-        tl.atomic_add(ready_ptr, 1, sem="release")
-    else:
-        row_tiles = tl.cdiv(N, ROWS)
-        end = N
-        if MERGED:  # no tile has rows of both kinds
-            row_tiles = tl.cdiv(first_mask, ROWS) + tl.cdiv(N - first_mask, ROWS)
-        first_row = ((program - makers) % row_tiles) * ROWS
-        tile = (program - makers) // row_tiles
-        if MERGED:
-            clean_rows = tl.cdiv(first_mask, ROWS) * ROWS
-            if first_row < clean_rows:
-                end = first_mask
-            else:
-                first_row += first_mask - clean_rows
-                weight_ptr = merged_ptr
-        rows = first_row + tl.arange(0, ROWS)
-        if GATED:
-            # A tile holds gate and up of the same outputs, one beside the other.
-            pair = tl.arange(0, OUTPUTS)
-            outputs = tile * (OUTPUTS // 2) + pair // 2 + (pair % 2) * (O // 2)
+    # Outputs that make one result are side by side in a tile: gate and up, or the two halves of
+    # a head. A box holds one of the two.
+    PAIRED: tl.constexpr = GATED or HEADS
+    box_outputs: tl.constexpr = OUTPUTS // 2 if PAIRED and BOXED else OUTPUTS
+    apart: tl.constexpr = D // 2 if HEADS else O // 2
+    end = N
+    row_tiles = tl.cdiv(N, ROWS)
+    if MERGED:  # no tile has rows of both kinds
+        row_tiles = tl.cdiv(first_mask, ROWS) + tl.cdiv(N - first_mask, ROWS)
+    product = tl.maximum(program - makers, 0)
+    first_row = (product % row_tiles) * ROWS
+    tile = product // row_tiles
+    box = weight_box
+    if MERGED:
+        clean_rows = tl.cdiv(first_mask, ROWS) * ROWS
+        if first_row < clean_rows:
+            end = first_mask
         else:
-            outputs = tile * OUTPUTS + tl.arange(0, OUTPUTS)
-        safe_outputs = tl.minimum(outputs, O - 1)
-        y = _product(
-            x_ptr,
-            squares_ptr,
-            weight_ptr,
-            rows,
-            end,
-            safe_outputs,
-            order_ptr,
-            parts,
-            eps,
-            ORDERED,
-            PARTS,
-            I,
-            ROWS,
-            OUTPUTS,
-            INPUTS,
+            first_row += first_mask - clean_rows
+            weight_ptr = merged_ptr
+            box = mask_box
+    first_output = tile * OUTPUTS
+    if GATED:
+        first_output = tile * (OUTPUTS // 2)
+    if HEADS:
+        first_output = first_output // D * D + first_output % D // 2
+    if PAIRED:
+        pair = tl.arange(0, OUTPUTS)
+        outputs = first_output + pair // 2 + (pair % 2) * apart
+    else:
+        outputs = first_output + tl.arange(0, OUTPUTS)
+    # An output that is not there stands for the last one; what it gives is not stored.
+    safe_outputs = tl.minimum(outputs, O - 1)
+    source_outputs = safe_outputs
+    if UPDATE:  # noqa: SIM102  # a constant: without updates the rest is not compiled
+        if program < makers:
+            mask_tiles = tl.cdiv(N - first_mask, ROWS)
+            first_row = first_mask + (program % mask_tiles) * ROWS
+            tile = program // mask_tiles
+            first_output = tile * box_outputs
+            source_outputs = tl.minimum(first_output + tl.arange(0, OUTPUTS), Z - 1)
+            weight_ptr = A_ptr
+            box = mask_box
+    rows = first_row + tl.arange(0, ROWS)
+    width = O // 2 if GATED else O
+    if OVERLAP:  # noqa: SIM102
+        if (first_row == 0) | (first_row == first_mask):  # the others read the same
+            line: tl.constexpr = 128 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(I, line))
+            inputs = tl.minimum(tl.arange(0, lines) * line, I - 1)
+            fetch(weight_ptr + source_outputs[:, None].to(tl.int64) * I + inputs[None, :])
+    wait(OVERLAP)
+    # A row that is not there stands for the last one.
+    there = rows < end
+    place = tl.minimum(rows, end - 1).to(tl.int64)
+    if ORDERED:
+        place = tl.load(order_ptr + place)
+    if BIAS:
+        bias = tl.load(bias_ptr + safe_outputs)
+    if ADD:
+        addend_ptrs = addend_ptr + place[:, None] * addend_stride + outputs[None, :]
+        addend = tl.load(addend_ptrs, mask=there[:, None] & (outputs < O)[None, :], other=0.0)
+    if ONWARD:
+        before_ptr = y_ptr + place[:, None] * O + outputs[None, :]
+        before = tl.load(before_ptr, mask=there[:, None] & (outputs < O)[None, :], other=0.0)
+        scale = tl.load(norm_ptr + safe_outputs)
+    if HEADS:
+        head = first_output // D
+        lane = first_output % D + tl.arange(0, OUTPUTS // 2)
+        angle = place[:, None] * D + lane[None, :]
+        cos = tl.load(cos_ptr + angle, mask=there[:, None], other=0.0)
+        # Sines carry the sign of the first half.
+        sin = tl.load(sin_ptr + angle + D // 2, mask=there[:, None], other=0.0)
+        clean_rows = requests * clean
+        b = tl.where(rows < clean_rows, rows // tl.maximum(clean, 1), 0)
+        b = tl.where(rows < clean_rows, b, (rows - clean_rows) // tl.maximum(masks, 1))
+        r = tl.where(rows < clean_rows, rows - b * clean, clean + rows - clean_rows - b * masks)
+        index = tl.load(start_ptr + b, mask=there, other=0) + r
+        block = tl.load(table_ptr + b * table_stride + index // T, mask=there, other=0)
+    if PARTS:
+        part = tl.arange(0, PARTS)[None, :]
+        squares = tl.load(
+            squares_ptr + place[:, None] * parts + part,
+            mask=(part < parts) & there[:, None],
+            other=0.0,
         )
+    if BOXED:
+        y, up = _boxed(
+            x_box, box, first_row, first_output, apart, PAIRED, I, ROWS, box_outputs, INPUTS
+        )
+    else:
+        y = _product(x_ptr, weight_ptr, place, there, source_outputs, I, ROWS, OUTPUTS, INPUTS)
+    if PARTS:
+        mean = tl.sum(squares.to(tl.float64), 1).to(tl.float32) / I
+        shrink = (1.0 / tl.sqrt(mean + eps))[:, None]
+        y = y * shrink
+    if UPDATE:  # noqa: SIM102
+        if program < makers:
+            ranks = tile * box_outputs + tl.arange(0, box_outputs)
+            z_tile_ptr = z_ptr + (rows - first_mask)[:, None] * Z + ranks[None, :]
+            made = there[:, None] & (ranks < Z)[None, :]
+            tl.store(z_tile_ptr, y.to(z_ptr.dtype.element_ty), mask=made)
+            # All threads have stored before one of them says so.
+            tl.debug_barrier()
+            tl.atomic_add(ready_ptr, 1, sem="release")
+    if program >= makers:
+        if BOXED and PAIRED:
+            if PARTS:
+                up = up * shrink
+            sums = tl.reshape(tl.join(y, up), [ROWS, OUTPUTS])
+        else:
+            sums = y
         if UPDATE:  # noqa: SIM102  # a constant: without updates the rest is not compiled
             if first_row + ROWS > first_mask:
                 while tl.atomic_add(ready_ptr, 0, sem="acquire") < makers:
                     pass
                 ranks = tl.arange(0, RANKS)
-                masks = rows - first_mask
-                masked = (masks >= 0) & (rows < end)
-                z_rows_ptr = z_ptr + masks[:, None] * Z + ranks[None, :]
+                masked = (rows >= first_mask) & (rows < end)
+                z_rows_ptr = z_ptr + (rows - first_mask)[:, None] * Z + ranks[None, :]
                 real_z = masked[:, None] & (ranks < RANK)[None, :]
                 B = tl.load(
                     B_ptr + safe_outputs[None, :] * RANK + ranks[:, None],
@@ -554,43 +731,51 @@ def _project(  # type: ignore[no-untyped-def]
                 if GATED:
                     gate = (tl.arange(0, OUTPUTS) % 2 == 0)[None, :]
                     z = tl.load(z_rows_ptr, mask=real_z, other=0.0)
-                    y = tl.dot(z, tl.where(gate, B, 0.0), y, input_precision="ieee")
+                    sums = tl.dot(z, tl.where(gate, B, 0.0), sums, input_precision="ieee")
                     z = tl.load(z_rows_ptr + RANK, mask=real_z, other=0.0)
-                    y = tl.dot(z, tl.where(gate, 0.0, B), y, input_precision="ieee")
+                    sums = tl.dot(z, tl.where(gate, 0.0, B), sums, input_precision="ieee")
                 else:
                     module = (tile * OUTPUTS >= SECOND).to(tl.int32)
                     module += (tile * OUTPUTS >= THIRD).to(tl.int32)
                     z = tl.load(z_rows_ptr + module * RANK, mask=real_z, other=0.0)
-                    y = tl.dot(z, B, y, input_precision="ieee")
+                    sums = tl.dot(z, B, sums, input_precision="ieee")
         if BIAS:
-            y += tl.load(bias_ptr + safe_outputs).to(tl.float32)[None, :]
-        real = rows < end
-        place = rows.to(tl.int64)
-        if ORDERED:
-            place = tl.load(order_ptr + tl.minimum(rows, end - 1))
+            sums += bias.to(tl.float32)[None, :]
         if ADD:
-            addend_ptrs = addend_ptr + place[:, None] * addend_stride + outputs[None, :]
-            added = real[:, None] & (outputs < O)[None, :]
-            y += tl.load(addend_ptrs, mask=added, other=0.0).to(tl.float32)
+            sums += addend.to(tl.float32)
         if GATED:
-            gate, up = tl.split(tl.reshape(y, [ROWS, OUTPUTS // 2, 2]))
-            y = gate / (1.0 + tl.exp(-gate)) * up
-            outputs = tile * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
-            width = O // 2
+            gate, up = tl.split(tl.reshape(sums, [ROWS, OUTPUTS // 2, 2]))
+            out = gate / (1.0 + tl.exp(-gate)) * up
+            columns = tile * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+        elif HEADS:
+            out, second = tl.split(tl.reshape(sums, [ROWS, OUTPUTS // 2, 2]))
+            if head < Q + K:
+                first = out
+                out = first * cos.to(tl.float32) - second * sin.to(tl.float32)
+                second = second * cos.to(tl.float32) + first * sin.to(tl.float32)
+            columns = first_output + tl.arange(0, OUTPUTS // 2)
         else:
-            width = O
-        y_tile_ptr = y_ptr + place[:, None] * width + outputs[None, :]
-        written = real[:, None] & (outputs < width)[None, :]
+            out = sums
+            columns = outputs
+        written = there[:, None] & (columns < width)[None, :]
+        cells = place[:, None] * width + columns[None, :]
         if ONWARD:
-            y += tl.load(y_tile_ptr, mask=written, other=0.0).to(tl.float32)
             # What follows sees the stream as it is stored.
-            y = tl.where(written, y.to(y_ptr.dtype.element_ty).to(tl.float32), 0.0)
+            out = (out + before.to(tl.float32)).to(y_ptr.dtype.element_ty).to(tl.float32)
+            out = tl.where(written, out, 0.0)
             part = place * tl.cdiv(O, OUTPUTS) + tile
             # Sums of squares of bf16 are exact in fp64: no tile's width shows in them.
-            squares = tl.sum((y * y).to(tl.float64), 1)
-            tl.store(onward_squares_ptr + part, squares, mask=real)
-            scale = tl.load(norm_ptr + safe_outputs).to(tl.float32)
-            scaled_tile_ptr = scaled_ptr + place[:, None] * width + outputs[None, :]
-            scaled = (y * scale[None, :]).to(y_ptr.dtype.element_ty)
-            tl.store(scaled_tile_ptr, scaled, mask=written)
-        tl.store(y_tile_ptr, y.to(y_ptr.dtype.element_ty), mask=written)
+            onward = tl.sum((out * out).to(tl.float64), 1)
+            tl.store(onward_squares_ptr + part, onward, mask=there)
+            scaled = (out * scale.to(tl.float32)[None, :]).to(y_ptr.dtype.element_ty)
+            tl.store(scaled_ptr + cells, scaled, mask=written)
+        out_ptr = y_ptr + cells
+        if HEADS:
+            if head >= Q:
+                cache_ptr = k_cache_ptr + (head - Q) * cache_stride_h
+                if head >= Q + K:
+                    cache_ptr = v_cache_ptr + (head - Q - K) * cache_stride_h
+                cell = block.to(tl.int64) * cache_stride_n + (index % T) * cache_stride_t
+                out_ptr = cache_ptr + cell[:, None] + lane[None, :]
+            tl.store(out_ptr + D // 2, second.to(y_ptr.dtype.element_ty), mask=written)
+        tl.store(out_ptr, out.to(y_ptr.dtype.element_ty), mask=written)

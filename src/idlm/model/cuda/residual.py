@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from idlm.model.cuda.projection import LowRank
+    from idlm.model.cuda.projection import Heads, LowRank
     from idlm.model.decoder import Linear, RMSNorm
 
     Update = tuple[LowRank | None, int]  # and the first row that it acts on
@@ -34,12 +34,19 @@ class FusedResidual:
         self._stream = projection_kernel.begin(x_NH, norm.weight, norm.eps)
 
     def project(
-        self, linear: Linear, update: Update, ready_1: torch.Tensor, *, gated: bool = False
+        self,
+        linear: Linear,
+        update: Update,
+        ready_1: torch.Tensor,
+        *,
+        gated: bool = False,
+        heads: Heads | None = None,
     ) -> torch.Tensor:
         """``[N, O]``: ``linear`` of what comes out of the norm; gated: ``silu(gate) * up``.
 
         Args:
             ready_1: int32, 0; used up.
+            heads: where keys and values go, if queries and keys are to be rotated.
         """
         return self._kernel.project(
             self._stream,
@@ -49,6 +56,7 @@ class FusedResidual:
             first_mask=update[1],
             ready_1=ready_1,
             gated=gated,
+            heads=heads,
         )
 
     def add(

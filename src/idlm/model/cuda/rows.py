@@ -5,6 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
+from idlm.model.cuda.overlap import overlap, wait
+
 
 def arrange(
     pending_B: torch.Tensor,
@@ -39,6 +41,7 @@ def arrange(
         R=R,
         ROWS=triton.next_power_of_2(R),
         PAIRS=triton.next_power_of_2(R * R),
+        **overlap(),
     )
     return tokens_BN, positions_BR, visible_BRR
 
@@ -82,6 +85,7 @@ def enter(
         F=F,
         WIDTH=triton.next_power_of_2(H),
         PAIRS=triton.next_power_of_2(F),
+        **overlap(),
     )
     return x_NH, cos_ND, sin_ND
 
@@ -102,8 +106,10 @@ def _arrange(  # type: ignore[no-untyped-def]
     R: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One request."""
+    wait(OVERLAP)
     b = tl.program_id(0)
     count = tl.load(count_ptr + b)
     row = tl.arange(0, ROWS)
@@ -137,8 +143,10 @@ def _enter(  # type: ignore[no-untyped-def]
     F: tl.constexpr,
     WIDTH: tl.constexpr,
     PAIRS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row."""
+    wait(OVERLAP)
     row = tl.program_id(0)
     lane = tl.arange(0, WIDTH)
     kind = x_ptr.dtype.element_ty

@@ -8,6 +8,7 @@ import triton.language as tl
 from idlm.model.cuda.choice import first_best
 from idlm.model.cuda.head import Draw
 from idlm.model.cuda.noise import exponential, key_of
+from idlm.model.cuda.overlap import overlap, wait
 from idlm.model.cuda.projection import Stream
 
 TOKENS, INPUTS = 16, 128
@@ -102,6 +103,7 @@ def draft(
         WIDTH=triton.next_power_of_2(H),
         TOKENS=TOKENS,
         INPUTS=INPUTS,
+        **overlap(),
     )
     return embedded_BH
 
@@ -136,6 +138,7 @@ def begin_chain(
         H=H,
         WIDTH=triton.next_power_of_2(H),
         PLACES=triton.next_power_of_2(places),
+        **overlap(),
     )
     return token_BH, Stream(state_BH, scaled_BH, squares_B1, eps), finished_MB
 
@@ -167,8 +170,10 @@ def _begin_chain(  # type: ignore[no-untyped-def]
     H: tl.constexpr,
     WIDTH: tl.constexpr,
     PLACES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One request."""
+    wait(OVERLAP)
     b = tl.program_id(0)
     first = tl.load(first_ptr + b)
     _copy_normed(embedding_ptr + first * H, norm_ptr, eps, token_ptr + b * H, H, WIDTH)
@@ -259,8 +264,10 @@ def _draft(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
     INPUTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Scores of some candidates of one request; the last of its programs chooses."""
+    wait(OVERLAP)
     b = tl.program_id(0)
     k = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     ids_row_ptr = ids_ptr + b * ids_stride + place * K

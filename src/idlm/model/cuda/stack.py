@@ -2,8 +2,9 @@
 
 What is computed is defined by `Layer.forward`; here it is only handed over. The one difference:
 sums that meet in one output (a projection, its bias, the LoRA and the residual stream) are rounded
-once, not after each step. Six launches a layer (seven where the keys are split), nothing waits for
-the device, and the launches depend on shapes only, so a forward can be captured as a graph.
+once, not after each step. Five launches a layer (one more where the keys are split, one more where
+queries and keys have norms), nothing waits for the device, and the launches depend on shapes only,
+so a forward can be captured as a graph.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def run(
     """
     # Not at the top: there may be no Triton here.
     from idlm.model.cuda.paged_attention import Rows, attend, rotate_and_append
+    from idlm.model.cuda.projection import Heads
     from idlm.model.cuda.rows import enter
 
     B, R = positions_BR.shape
@@ -90,18 +92,22 @@ def run(
     for layer, update, ready in zip(layers, updates, ready_L41.unbind(), strict=True):
         k_NKTD, v_NKTD = attention.k_LNKTD[layer.index], attention.v_LNKTD[layer.index]
         low_rank = {name: (update.get(name), rows.first_mask) for name in PROJECTIONS}
-        qkv_NW = residual.project(layer.qkv, low_rank["qkv"], ready[0])
-        rotate_and_append(
-            qkv_NW,
-            cos_ND,
-            sin_ND,
-            k_NKTD,
-            v_NKTD,
-            rows,
-            None if layer.q_norm is None else layer.q_norm.weight,
-            None if layer.k_norm is None else layer.k_norm.weight,
-            decoder.config.rms_norm_eps,
-        )
+        if layer.q_norm is None and kind is FusedResidual:
+            heads = Heads(cos_ND, sin_ND, k_NKTD, v_NKTD, rows)
+            qkv_NW = residual.project(layer.qkv, low_rank["qkv"], ready[0], heads=heads)
+        else:
+            qkv_NW = residual.project(layer.qkv, low_rank["qkv"], ready[0])
+            rotate_and_append(
+                qkv_NW,
+                cos_ND,
+                sin_ND,
+                k_NKTD,
+                v_NKTD,
+                rows,
+                None if layer.q_norm is None else layer.q_norm.weight,
+                None if layer.k_norm is None else layer.k_norm.weight,
+                decoder.config.rms_norm_eps,
+            )
         attended_NX = attend(qkv_NW, k_NKTD, v_NKTD, rows, attention.window)
         residual.add(attended_NX, layer.o, low_rank["o"], ready[1], layer.mlp_norm)
         inner_NI = residual.project(layer.gate_up, low_rank["gate_up"], ready[2], gated=True)
