@@ -41,8 +41,10 @@ def kernels(wanted: bool) -> Iterator[None]:
 class Decoding:
     """Some requests that decode on a small random model."""
 
-    def __init__(self, layout: str, stride: int, rule: str, params: list[SamplingParams]) -> None:
-        config = random_config()
+    def __init__(
+        self, layout: str, stride: int, rule: str, params: list[SamplingParams], layers: int = 2
+    ) -> None:
+        config = random_config(num_layers=layers)
         decoder = random_decoder(config, peakedness=1.5).to(DEVICE)
         rows = Layout.named(layout, stride)
         adapter = random_adapter(config).to(DEVICE).freeze() if rows.num_masks else None
@@ -153,8 +155,8 @@ def launches(layout: str, stride: int, params: SamplingParams) -> int:
         with _disable_current_modes():
             run(self, *args, **kwargs)
 
-    decoding = Decoding(layout, stride, "rejection", [params])
-    with kernels(True):
+    decoding = Decoding(layout, stride, "rejection", [params], layers=1)
+    with kernels(False):
         state, sampling = decoding.begin().state, decoding.sampling()
     given = decoding.k, decoding.v, decoding.table, state, sampling
     with kernels(True), pytest.MonkeyPatch.context() as patch:

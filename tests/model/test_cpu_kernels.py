@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -458,7 +459,7 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
 
 
 def run_python(code: str, **environment: str) -> subprocess.Popen[str]:
-    source = Path(cpu_kernels.__file__).parents[2]
+    source = Path(cpu_kernels.__file__).parents[3]
     return subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(source)} | environment,
@@ -469,11 +470,15 @@ def run_python(code: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def test_two_processes_build_at_once(tmp_path: Path) -> None:
+    compiler = tmp_path / "cc"  # without optimisation, which takes most of the time
+    compiler.write_text(f'#!/bin/sh\nexec {shlex.join(cpu_kernels._compiler())} "$@" -O0\n')
+    compiler.chmod(0o755)
     code = (
         "import torch; from idlm.model.cpu import kernels as c\n"
         "with torch.inference_mode(): print(c.linear(torch.ones(2, 8), torch.ones(1, 8)).sum())"
     )
-    processes = [run_python(code, IDLM_CACHE=str(tmp_path)) for _ in range(2)]
+    settings = {"IDLM_CACHE": str(tmp_path), "CC": str(compiler)}
+    processes = [run_python(code, **settings) for _ in range(2)]
     outputs = [process.communicate() for process in processes]
     assert [out for out, _ in outputs] == ["tensor(16.)\n"] * 2, outputs
     assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
