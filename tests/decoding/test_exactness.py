@@ -188,11 +188,23 @@ CHI_PARAMS = {
 }
 
 
+def small_decoder() -> Decoder:
+    """Of a vocabulary of 6; as little else as there can be, for many requests."""
+    config = random_config(
+        6,
+        num_layers=1,
+        hidden_size=16,
+        intermediate_size=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+    )
+    return random_decoder(config, seed=3, peakedness=0.4)
+
+
 def sample_counts(rule: str, layout: str, stride: int, params: SamplingParams) -> torch.Tensor:
     V, depth, batch = 6, 3, 40_000
-    decoder = random_decoder(
-        random_config(V, num_layers=1, hidden_size=16, head_dim=4), seed=3, peakedness=0.4
-    )
+    decoder = small_decoder()
     m = method(decoder, layout, stride, rule)
     text, forwards = run(m, PROMPT.expand(batch, -1), [params] * batch, depth)
     assert forwards > 1
@@ -204,9 +216,7 @@ PROMPT = torch.tensor([1, 4, 2, 2, 5])
 
 
 def exact(params: SamplingParams) -> torch.Tensor:
-    decoder = random_decoder(
-        random_config(6, num_layers=1, hidden_size=16, head_dim=4), seed=3, peakedness=0.4
-    )
+    decoder = small_decoder()
     return joint_distribution(decoder, PROMPT, params, 3)
 
 

@@ -335,14 +335,25 @@ def test_under_overload_everybody_ends(llm: LLM, model: Any) -> None:
     assert_empty(engine)
 
 
+ABORTED = [(list(range(3, 33)), params_of(i, 80)) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def lonely(llm: LLM, model: Any) -> list[list[int]]:
+    """What each of these requests says alone."""
+    engine = engine_of(llm, model, "quadratic", 3, "rejection", max_batch=1)
+    return [alone(engine, *case) for case in ABORTED]
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("phase", list(Phase))
-def test_abort_in_every_phase(llm: LLM, model: Any, phase: Phase, ahead: bool) -> None:
+def test_abort_in_every_phase(
+    llm: LLM, model: Any, lonely: list[list[int]], phase: Phase, ahead: bool
+) -> None:
     engine = engine_of(
         llm, model, "quadratic", 3, "rejection", kv_cache_tokens=160, chunk=8, ahead=ahead
     )
-    cases = [(list(range(3, 33)), params_of(i, 80)) for i in range(4)]
-    requests = [engine.add(*case) for case in cases]
+    requests = [engine.add(*case) for case in ABORTED]
     for _ in range(1000):
         victim = next((r for r in requests if r.phase is phase), None)
         if victim is not None:
@@ -355,10 +366,8 @@ def test_abort_in_every_phase(llm: LLM, model: Any, phase: Phase, ahead: bool) -
     assert victim.finished and len(victim.token_ids) == count
     run(engine)
     assert_empty(engine)
-    others = [r for r in requests if r is not victim]
-    lonely = engine_of(llm, model, "quadratic", 3, "rejection", max_batch=1)
-    for request in others:
-        assert request.token_ids == alone(lonely, request.prompt_token_ids, request.params)
+    for request, expected in zip(requests, lonely, strict=True):
+        assert request is victim or request.token_ids == expected
 
 
 POISON = 300
