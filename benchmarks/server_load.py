@@ -28,9 +28,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--leave", type=float, default=0.2)
     parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--stride", default="4", help="of the linear layout, or auto")
     args = parser.parse_args()
-    expected = offline(args.max_tokens)
-    with server_process("--layout", "linear") as server:
+    expected = offline(args.stride, args.max_tokens)
+    method = ["--stride", args.stride] + ["--layout", "linear"] * (args.stride != "auto")
+    with server_process(*method) as server:
         target = Target(
             server.url, max_tokens=args.max_tokens, temperature=TEMPERATURE, variants=VARIANTS
         )
@@ -54,9 +56,12 @@ def main() -> None:
     raise SystemExit(bool(summary.errors or wrong or any(left.values())))
 
 
-def offline(max_tokens: int) -> list[str]:
-    """The text of every variant."""
-    llm = LLM(stride=4, layout="linear")
+def offline(stride: str, max_tokens: int) -> list[str]:
+    """The text of every variant; with ``auto``, whose rule is coupled, that of the plain model."""
+    if stride == "auto":
+        llm = LLM(stride=1, verification="coupled")
+    else:
+        llm = LLM(stride=int(stride), layout="linear")
     messages = [[{"role": "user", "content": PROMPTS[i % len(PROMPTS)]}] for i in range(VARIANTS)]
     params = [
         SamplingParams(temperature=TEMPERATURE, seed=i, max_tokens=max_tokens)
