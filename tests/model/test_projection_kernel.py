@@ -223,8 +223,12 @@ def test_heads_go_where_they_belong(
     rotate_and_append(expected_NW, cos_ND, sin_ND, *after[0], rows)
     heads = Heads(cos_ND, sin_ND, *after[1], rows)
     actual_NW = project(given, weight_OI, heads=heads, **update)
-    bound = 1e-5 if dtype is torch.float32 else 2e-3
     width = modules[0]
+    # Products of such numbers are exact in fp32 (with more rows, numpy adds them up otherwise).
+    if dtype is torch.float16 and len(expected_NW) < 64:
+        assert torch.equal(actual_NW[:, :width], expected_NW[:, :width])
+        assert torch.equal(after[1], after[0])
+    bound = 1e-5 if dtype is torch.float32 else 2e-3
     assert relative_error(actual_NW[:, :width], expected_NW[:, :width].double()) < bound
     assert relative_error(after[1], after[0].double()) < bound
 

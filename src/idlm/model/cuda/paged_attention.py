@@ -144,7 +144,8 @@ def attend(
     K, T, D = k_NKTD.shape[1:]
     Q = W // D - 2 * K
     G, R, B = Q // K, rows.clean + rows.masks, rows.requests
-    height = min(MAX_ROWS, max(MIN_ROWS, triton.next_power_of_2(R * G)))
+    # No more tiles than necessary, and of those the smaller ones.
+    height = MIN_ROWS if triton.cdiv(R * G, MIN_ROWS) % 2 else MAX_ROWS
     tiles = triton.cdiv(R * G, height)
     longest = triton.cdiv(rows.table_BP.shape[1] * T, PART_KEYS)
     # Whatever the layout: a row's sums are then made in the same order in all of them.

@@ -34,6 +34,8 @@ FEW_ROWS = tl.constexpr(MIN_ROWS)
 SHARED_BYTES, BOXES_BYTES, ALONE_BYTES = 65_536, 98_304, 131_072
 PROGRAMS = 132  # multiprocessors, about
 ENOUGH = 100  # programs that keep most of them busy
+# Weights that are brought into the L2 cache ahead; more of them would not stay there.
+FETCHED = tl.constexpr(1 << 22)
 BOX_ROWS = 64  # tiles of so many rows are fetched as boxes; fewer gain nothing from it
 
 
@@ -648,7 +650,7 @@ def _project(  # type: ignore[no-untyped-def]
             box = mask_box
     rows = first_row + tl.arange(0, ROWS)
     width = O // 2 if GATED else O
-    if OVERLAP:  # noqa: SIM102
+    if OVERLAP and O * I < FETCHED:  # noqa: SIM102
         if (first_row == 0) | (first_row == first_mask):  # the others read the same
             line: tl.constexpr = 128 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
             lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(I, line))
@@ -748,6 +750,8 @@ def _project(  # type: ignore[no-untyped-def]
             out = gate / (1.0 + tl.exp(-gate)) * up
             columns = tile * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
         elif HEADS:
+            # Rounded first: so it comes out as if a launch of its own had rotated what is stored.
+            sums = sums.to(y_ptr.dtype.element_ty).to(tl.float32)
             out, second = tl.split(tl.reshape(sums, [ROWS, OUTPUTS // 2, 2]))
             if head < Q + K:
                 first = out

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # update merged in, where the weights are small.
 FUSED_ROWS = 64
 SMALL_WEIGHT = 1 << 22
+# Up to so many rows a projection rotates its heads itself; what that takes grows with the rows, a
+# launch of its own takes the same time for all.
+ROTATED_ROWS = 128
 PROJECTIONS = ("qkv", "o", "gate_up", "down")
 
 
@@ -89,10 +92,11 @@ def run(
     # Filled by a kernel: what is set up early has to follow one.
     ready_L41 = torch.full((len(layers), 4, 1), 0, dtype=torch.int32, device=x_NH.device)
     residual = kind(x_NH, layers[0].attn_norm)
+    rotates = kind is FusedResidual and len(x_NH) <= ROTATED_ROWS
     for layer, update, ready in zip(layers, updates, ready_L41.unbind(), strict=True):
         k_NKTD, v_NKTD = attention.k_LNKTD[layer.index], attention.v_LNKTD[layer.index]
         low_rank = {name: (update.get(name), rows.first_mask) for name in PROJECTIONS}
-        if layer.q_norm is None and kind is FusedResidual:
+        if rotates and layer.q_norm is None:
             heads = Heads(cos_ND, sin_ND, k_NKTD, v_NKTD, rows)
             qkv_NW = residual.project(layer.qkv, low_rank["qkv"], ready[0], heads=heads)
         else:
