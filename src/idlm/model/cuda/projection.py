@@ -124,6 +124,12 @@ def _memory() -> int:
     return min(ALONE_BYTES, int(properties["max_shared_mem"]) - 8192)
 
 
+@cache
+def _has_boxes() -> bool:
+    """Whether there is a copy engine for them; interpreted, they are tried out."""
+    return triton.knobs.runtime.interpret or torch.cuda.get_device_capability() >= (9, 0)
+
+
 def _zero(device: torch.device) -> torch.Tensor:
     return torch.full((1,), 0, dtype=torch.int32, device=device)
 
@@ -319,6 +325,7 @@ def _launch(
         modules = modules[:-1]
     masks = N - first_mask if low_rank else 0
     boxed = tile.rows >= BOX_ROWS and x_NI.itemsize == 2 and I % 8 == 0 and order_N is None
+    boxed = boxed and _has_boxes()
     box_outputs = tile.outputs // 2 if (gated or heads) and boxed else tile.outputs
     row_tiles, makers, z_MZ, merged_OI = triton.cdiv(N, tile.rows), 0, y_NO, None
     if low_rank and masks and low_rank.merged_OI is not None:

@@ -92,11 +92,11 @@ def run(
     # Filled by a kernel: what is set up early has to follow one.
     ready_L41 = torch.full((len(layers), 4, 1), 0, dtype=torch.int32, device=x_NH.device)
     residual = kind(x_NH, layers[0].attn_norm)
-    rotates = kind is FusedResidual and len(x_NH) <= ROTATED_ROWS
+    few = len(x_NH) <= ROTATED_ROWS
     for layer, update, ready in zip(layers, updates, ready_L41.unbind(), strict=True):
         k_NKTD, v_NKTD = attention.k_LNKTD[layer.index], attention.v_LNKTD[layer.index]
         low_rank = {name: (update.get(name), rows.first_mask) for name in PROJECTIONS}
-        if rotates and layer.q_norm is None:
+        if isinstance(residual, FusedResidual) and few and layer.q_norm is None:
             heads = Heads(cos_ND, sin_ND, k_NKTD, v_NKTD, rows)
             qkv_NW = residual.project(layer.qkv, low_rank["qkv"], ready[0], heads=heads)
         else:
