@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from idlm import LLM, SamplingParams
+from idlm.decoding.cycle import Method
+from idlm.engine.batch import Batch
+from idlm.engine.commit import Commit
 from idlm.engine.request import Source
 from idlm.errors import InvalidRequestError
 from idlm.llm import RequestOutput
@@ -251,3 +255,25 @@ def test_strides_are_chosen_unless_one_is_given(tmp_path: Path) -> None:
     fixed = llm.with_layout("auto", 4)
     assert (fixed.auto, fixed.layout.name, fixed.verification) == (False, "quadratic", "rejection")
     assert not llm.with_layout("ar", "auto").auto
+
+
+def test_what_the_host_takes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device on which drafts cost nothing is of no use if the host cannot keep up."""
+    now, launch = [0.0], Batch.launch
+
+    def launched(batch: Batch, method: Method) -> Commit:
+        commit = launch(batch, method)
+        drafts = method.layout.num_masks > 0
+        commit.seconds = 0.5e-3 if drafts else 1e-3
+        now[0] += 2e-3 if drafts else 1e-3
+        return commit
+
+    monkeypatch.setattr(Batch, "launch", launched)
+    monkeypatch.setattr("idlm.engine.engine.time.perf_counter", lambda: now[0])
+    llm = LLM(tiny_model(tmp_path, mask_token_id=7), dtype="float32")
+    params = SamplingParams(temperature=1, seed=1, max_tokens=200, ignore_eos=True)
+    for _ in range(4):
+        before = Counter(llm._engine.stats.plans)
+        llm.generate(["a"] * 4, params)
+    last = Counter(llm._engine.stats.plans) - before
+    assert last["ar:1"] > 0.9 * last.total()

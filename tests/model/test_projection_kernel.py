@@ -220,8 +220,8 @@ def test_heads_go_where_they_belong(
     }
     after = [torch.zeros(2, 6 * requests, keys, 16, dim, dtype=dtype, device=DEVICE) for _ in "ab"]
     expected_NW = project(given, weight_OI, **update)
-    rotate_and_append(expected_NW, cos_ND, sin_ND, *after[0], rows)
-    heads = Heads(cos_ND, sin_ND, *after[1], rows)
+    rotate_and_append(expected_NW, cos_ND, sin_ND, after[0][0], after[0][1], rows)
+    heads = Heads(cos_ND, sin_ND, after[1][0], after[1][1], rows)
     actual_NW = project(given, weight_OI, heads=heads, **update)
     width = modules[0]
     # Products of such numbers are exact in fp32 (with more rows, numpy adds them up otherwise).

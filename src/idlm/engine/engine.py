@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from idlm.decoding.cycle import Method
+from idlm.decoding.layout import Layout
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.policy import Policy
 from idlm.engine.batch import Batch
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 # A forward for prompts costs about what one for the others does: with requests of some 100 tokens
 # this many cost about as much by waiting as they save.
 GATHER, GATHER_STEPS = 8, 16
+# Of a forward's time on the device, what a step is taken to last at most: more is a disturbance.
+MOST_HOST = 4.0
 # Enough for a policy to try what is worth a try.
 WARM_UP_TOKENS = 48
 
@@ -86,6 +89,7 @@ class Engine:
         self._runner = Runner(method, cache, self._grammars, device, table_width, places)
         self._policy = policy
         self._method_of = {x: replace(method, layout=x) for x in layouts}
+        self._began: tuple[Layout, float] | None = None  # the last forward, if nothing came since
         self._batch = Batch(self._runner)
         self._flights: deque[Commit] = deque()  # launched and not read, the oldest first
 
@@ -212,6 +216,7 @@ class Engine:
         self._read(due)
         if not (self._scheduler.running or self._scheduler.prefilling):
             self._flights.clear()  # of requests that ended
+            self._began = None
         return list(dict.fromkeys(moved))
 
     def _gathered(self) -> bool:
@@ -253,10 +258,17 @@ class Engine:
         commit = batch.launch(self._method_of[plan])
         self._flights.append(commit)
         # Without a graph, the host is busy for as long as the forward takes.
-        self._policy.took(size, plan, commit.seconds or time.perf_counter() - start)
+        seconds = commit.seconds or time.perf_counter() - start
+        if commit.seconds is not None and self._began is not None and self._began[0] == plan:
+            # What a graph takes is not all: the host may need longer for what it brings.
+            seconds = max(seconds, min(start - self._began[1], MOST_HOST * seconds))
+        self._began = plan, start
+        self._policy.took(size, plan, seconds)
 
     def _run_texts(self) -> list[Request]:
         """Run a chunk of what is not cached; whose text is cached decodes from then on."""
+        if self._scheduler.prefilling:
+            self._began = None
         moved: list[Request] = []
         whole: list[Request] = []
         left = self.chunk
