@@ -23,7 +23,8 @@ class ColourTerminal(io.StringIO):
 
 
 def generate(*arguments: str) -> list[str]:
-    return ["generate", PROMPT, "--max-tokens", "16", *arguments]
+    """At a given stride: what is chosen depends on how busy the machine is."""
+    return ["generate", PROMPT, "--max-tokens", "16", "--stride", "4", *arguments]
 
 
 def printed_json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
