@@ -39,7 +39,9 @@ class Draw:
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `step` and `score` can work with them: on CUDA, of one dtype."""
+    """Whether `step` and `score` can work with them: on CUDA, of one dtype, no compiler at work."""
+    if torch.compiler.is_compiling():  # under it, drafts came out wrong
+        return False
     return usable(x.device) and x.dtype is weight.dtype and not torch.is_autocast_enabled()
 
 

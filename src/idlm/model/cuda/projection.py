@@ -35,7 +35,8 @@ SHARED_BYTES, BOXES_BYTES, ALONE_BYTES = 65_536, 98_304, 131_072
 PROGRAMS = 132  # multiprocessors, about
 ENOUGH = 100  # programs that keep most of them busy
 # Weights that are brought into the L2 cache ahead; more of them would not stay there.
-FETCHED = tl.constexpr(1 << 22)
+FETCHED = 1 << 22
+LINE = tl.constexpr(128)  # bytes of it that come at a time
 BOX_ROWS = 64  # tiles of so many rows are fetched as boxes; fewer gain nothing from it
 
 
@@ -393,6 +394,9 @@ def _launch(
         ONWARD=onward is not None,
         I=I,
         O=O,
+        LINES=triton.next_power_of_2(triton.cdiv(I * x_NI.itemsize, LINE.value))
+        if O * I < FETCHED
+        else 0,
         RANK=rank,
         Z=z_MZ.shape[1],
         RANKS=max(16, triton.next_power_of_2(rank)),
@@ -602,6 +606,7 @@ def _project(  # type: ignore[no-untyped-def]
     ONWARD: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     O: tl.constexpr,  # noqa: E741
+    LINES: tl.constexpr,
     RANK: tl.constexpr,
     Z: tl.constexpr,
     RANKS: tl.constexpr,
@@ -657,11 +662,10 @@ def _project(  # type: ignore[no-untyped-def]
             box = mask_box
     rows = first_row + tl.arange(0, ROWS)
     width = O // 2 if GATED else O
-    if OVERLAP and O * I < FETCHED:  # noqa: SIM102
+    if OVERLAP and LINES:  # noqa: SIM102
         if (first_row == 0) | (first_row == first_mask):  # the others read the same
-            line: tl.constexpr = 128 // (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            lines: tl.constexpr = triton.next_power_of_2(triton.cdiv(I, line))
-            inputs = tl.minimum(tl.arange(0, lines) * line, I - 1)
+            line: tl.constexpr = LINE // (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            inputs = tl.minimum(tl.arange(0, LINES) * line, I - 1)
             fetch(weight_ptr + source_outputs[:, None].to(tl.int64) * I + inputs[None, :])
     wait(OVERLAP)
     # A row that is not there stands for the last one.
