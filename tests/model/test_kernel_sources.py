@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import textwrap
+from types import FunctionType
 
 import pytest
 
@@ -19,7 +20,7 @@ import idlm.training
 PACKAGES = (idlm.model.cuda, idlm.integrations.sglang, idlm.training)
 
 
-def kernels() -> list[object]:
+def kernels() -> list[FunctionType]:
     """Every function of ours that Triton compiles."""
     found = {}
     for package in PACKAGES:
@@ -28,9 +29,8 @@ def kernels() -> list[object]:
                 continue
             for value in vars(importlib.import_module(module.name)).values():
                 function = getattr(value, "fn", None)
-                if isinstance(value, triton.runtime.KernelInterface) and inspect.isfunction(
-                    function
-                ):
+                kernel = isinstance(value, triton.runtime.KernelInterface)
+                if kernel and isinstance(function, FunctionType):
                     found[function.__module__, function.__name__] = function
     return list(found.values())
 
