@@ -26,8 +26,11 @@ from idlm.decoding.layout import Layout, row_tables
 from idlm.model.adapter import Adapter, AdapterConfig
 from idlm.model.attention import PagedAttention, grouped_attention, visibility_bias
 from idlm.model.config import ModelConfig, RopeConfig
+from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.paged_attention import Rows, attend, rotate_and_append
-from idlm.model.cuda.projection import LowRank, Tile, add, begin, project
+from idlm.model.cuda.projection import add, project
+from idlm.model.cuda.stream import begin
+from idlm.model.cuda.tile import Tile
 from idlm.model.decoder import Decoder
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16

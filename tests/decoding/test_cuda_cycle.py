@@ -148,7 +148,7 @@ def launches(layout: str, stride: int, params: SamplingParams) -> int:
 
     counted = Launches()
     run = interpreter.GridExecutor.__call__
-    layers = {"_project", "_attend", "_merge", "_rotate_and_append"}
+    layers = {"project_tile", "_attend", "_merge", "_rotate_and_append"}
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> None:
         counted.count += self.fn.__name__ not in layers

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
+from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.paged_attention import Rows, rotate_and_append
-from idlm.model.cuda.projection import Heads, LowRank, add, begin, normed, project
+from idlm.model.cuda.projection import Heads, add, project
+from idlm.model.cuda.stream import begin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -67,7 +69,7 @@ class Case:
         after = add(before, x, weight, norm_H=self.bias_O.to(DEVICE), eps=1e-5, **update)
         # What goes on is the norm of what is stored.
         expected = F.rms_norm(after.x_NH, after.x_NH.shape[-1:], self.bias_O.to(DEVICE), 1e-5)
-        error = relative_error(normed(after).cpu(), expected.double().cpu())
+        error = relative_error(after.normed().cpu(), expected.double().cpu())
         assert error < {4: 1e-5, 2: 1e-2}[x.itemsize]
         return after.x_NH.cpu()
 
@@ -298,6 +300,6 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it() -> None:
         stream = begin(residual_NH[:rows].contiguous(), norm_H, 1e-5)
         stream = add(stream, x_NI[:rows].contiguous(), down_HI, norm_H=norm_H, eps=1e-5)
         inner_NI = project(stream, gate_up_OH, gated=True)
-        first = torch.cat((stream.x_NH[0], inner_NI[0], normed(stream)[0]))
+        first = torch.cat((stream.x_NH[0], inner_NI[0], stream.normed()[0]))
         alone = first if alone is None else alone
         assert torch.equal(first, alone), rows

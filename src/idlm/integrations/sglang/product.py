@@ -15,7 +15,9 @@ from idlm.integrations.sglang.rows import RowOrder
 from idlm.integrations.sglang.shares import share_of
 from idlm.model.adapter import LoraLinear
 from idlm.model.cuda import stack as cuda_stack
-from idlm.model.cuda.projection import MIN_ROWS, LowRank, project
+from idlm.model.cuda.low_rank import LowRank
+from idlm.model.cuda.projection import project
+from idlm.model.cuda.tile import MIN_ROWS
 
 
 class Product:
@@ -85,7 +87,7 @@ class Product:
         masks_M = rows.order_F[rows.first_mask :]
         z_MZ = F.linear(x_FI[masks_M], low_rank.A_ZI)
         parts = zip(
-            z_MZ.split(low_rank.B_OZ.shape[1], dim=1),
+            z_MZ.split(low_rank.rank, dim=1),
             low_rank.B_OZ.split(low_rank.modules),
             strict=True,
         )

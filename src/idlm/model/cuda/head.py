@@ -16,7 +16,7 @@ from idlm.model.cuda.stack import usable
 
 if TYPE_CHECKING:
     from idlm.model.adapter import HeadBlock, SamplerHead
-    from idlm.model.cuda.projection import Stream
+    from idlm.model.cuda.stream import Stream
     from idlm.model.decoder import Decoder
 
 
@@ -49,7 +49,7 @@ def step(
     head: SamplerHead, projected_BW: torch.Tensor, token_BH: torch.Tensor, state_BH: torch.Tensor
 ) -> torch.Tensor:
     """`SamplerHead.step`."""
-    from idlm.model.cuda.projection import begin
+    from idlm.model.cuda.stream import begin
 
     token = begin(token_BH, head.token_norm.weight, head.token_norm.eps or 0.0)
     norm = _blocks(head)[0].state_norm

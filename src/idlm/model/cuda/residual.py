@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from idlm.model.cuda.projection import Heads, LowRank
+    from idlm.model.cuda.low_rank import LowRank
+    from idlm.model.cuda.projection import Heads
     from idlm.model.decoder import Linear, RMSNorm
 
     Update = tuple[LowRank | None, int]  # and the first row that it acts on
@@ -28,10 +29,11 @@ class FusedResidual:
 
     def __init__(self, x_NH: torch.Tensor, norm: RMSNorm) -> None:
         # Not at the top: there may be no Triton here.
-        from idlm.model.cuda import projection as projection_kernel
+        from idlm.model.cuda import projection
+        from idlm.model.cuda.stream import begin
 
-        self._kernel = projection_kernel
-        self._stream = projection_kernel.begin(x_NH, norm.weight, norm.eps)
+        self._projection = projection
+        self._stream = begin(x_NH, norm.weight, norm.eps)
 
     def project(
         self,
@@ -48,7 +50,7 @@ class FusedResidual:
             ready_1: int32, 0; used up.
             heads: where keys and values go, if queries and keys are to be rotated.
         """
-        return self._kernel.project(
+        return self._projection.project(
             self._stream,
             linear.weight,
             linear.bias,
@@ -68,7 +70,7 @@ class FusedResidual:
         norm: RMSNorm,
     ) -> None:
         """Add ``linear`` of ``x``; ``norm`` comes next."""
-        self._stream = self._kernel.add(
+        self._stream = self._projection.add(
             self._stream,
             x_NI,
             linear.weight,
@@ -82,7 +84,7 @@ class FusedResidual:
 
     def normed(self) -> torch.Tensor:
         """``[N, H]``: what comes out of the norm."""
-        return self._kernel.normed(self._stream)
+        return self._stream.normed()
 
 
 class PlainResidual:
@@ -124,7 +126,7 @@ def _product(x_NI: torch.Tensor, linear: Linear, update: Update) -> torch.Tensor
         z_MZ = F.linear(x_NI[first_mask:], low_rank.A_ZI)
         modules = zip(
             y_NO[first_mask:].split(low_rank.modules, dim=1),
-            z_MZ.split(low_rank.B_OZ.shape[1], dim=1),
+            z_MZ.split(low_rank.rank, dim=1),
             low_rank.B_OZ.split(low_rank.modules),
             strict=True,
         )

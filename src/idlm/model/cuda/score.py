@@ -9,7 +9,7 @@ from idlm.model.cuda.choice import first_best
 from idlm.model.cuda.head import Draw
 from idlm.model.cuda.noise import exponential, key_of
 from idlm.model.cuda.overlap import overlap, wait
-from idlm.model.cuda.projection import Stream
+from idlm.model.cuda.stream import Stream
 
 TOKENS, INPUTS = 16, 128
 

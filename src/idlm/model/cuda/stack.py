@@ -3,8 +3,9 @@
 What is computed is defined by `Layer.forward`; here it is only handed over. The one difference:
 sums that meet in one output (a projection, its bias, the LoRA and the residual stream) are rounded
 once, not after each step. Five launches a layer (one more where the keys are split, one more where
-queries and keys have norms), nothing waits for the device, and the launches depend on shapes only,
-so a forward can be captured as a graph.
+heads are not rotated by their projection; the library's products of many rows take their own),
+nothing waits for the device, and the launches depend on shapes only, so a forward can be captured
+as a graph.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.residual import FusedResidual, PlainResidual
 
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear
     from idlm.model.attention import PagedAttention
-    from idlm.model.cuda.projection import LowRank
+    from idlm.model.config import ModelConfig
     from idlm.model.decoder import Decoder, Layer, Linear
 
 # Up to so many rows of all requests the weights' bytes are what a product costs, and the fused
@@ -86,7 +88,7 @@ def run(
         decoder.rope_factor,
     )
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
-    small = decoder.config.hidden_size * decoder.config.intermediate_size < SMALL_WEIGHT
+    small = is_small(decoder.config)
     updates = [{}] * len(layers) if adapter is None else _updates(decoder, adapter, merge=small)
     kind = FusedResidual if small or len(x_NH) <= FUSED_ROWS else PlainResidual
     # Filled by a kernel: what is set up early has to follow one.
@@ -121,6 +123,11 @@ def run(
     return rows.unflat(residual.normed())
 
 
+def is_small(config: ModelConfig) -> bool:
+    """Whether the weights are so small that mask rows have whole ones of their own."""
+    return config.hidden_size * config.intermediate_size < SMALL_WEIGHT
+
+
 @cache
 def usable(device: torch.device) -> bool:
     """CUDA with Triton (it comes with torch there) and a GPU that knows what the kernels need."""
@@ -130,7 +137,7 @@ def usable(device: torch.device) -> bool:
 
 
 # By modules, not in an attribute of one: what is derived must not be copied or saved with it.
-_Updates = list[dict[str, "LowRank"]]
+_Updates = list[dict[str, LowRank]]
 _updates_of: WeakKeyDictionary[nn.Module, WeakKeyDictionary[nn.Module, _Updates]]
 _updates_of = WeakKeyDictionary()
 
@@ -152,8 +159,6 @@ def _updates(decoder: Decoder, adapter: Adapter, *, merge: bool) -> _Updates:
 
 def _low_rank(lora: LoraLinear, base: Linear | None) -> LowRank:
     """The update, merged with ``base`` if there is one."""
-    from idlm.model.cuda.projection import LowRank
-
     B_OZ = torch.cat([B.detach() for B in lora.B]) * lora.scale
     low_rank = LowRank(lora.A.detach(), B_OZ, tuple(len(B) for B in lora.B))
     return low_rank if base is None else low_rank.merged(base.weight.detach())

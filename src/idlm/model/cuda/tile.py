@@ -1,0 +1,72 @@
+"""How a projection's work is cut: which tiles for how many rows."""
+
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+
+import torch
+import triton
+
+# The matrix units want 16 rows at least.
+MIN_ROWS = 16
+BOX_ROWS = 64  # tiles of so many rows are fetched as boxes; fewer gain nothing from it
+# Memory of a program that shares a multiprocessor with others, and of one that need not.
+SHARED_BYTES, BOXES_BYTES, ALONE_BYTES = 65_536, 98_304, 131_072
+PROGRAMS = 132  # multiprocessors, about
+ENOUGH = 100  # programs that keep most of them busy
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the work is cut: rows, outputs and inputs of a program's step; warps and stages."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+def tile_of(
+    rows: int, outputs: int, inputs: int, modules: tuple[int, ...], itemsize: int = 2
+) -> Tile:
+    """The tile for a product of so many rows, outputs and inputs (docs/benchmarks.md, "Tiles").
+
+    All outputs of a tile belong to one module.
+    """
+    heavy = outputs * inputs >= 1 << 22  # its bytes are what it costs; else, that all wait
+    few = rows <= 16 or (rows <= 32 and not heavy)
+    if few:
+        height, width, warps = MIN_ROWS, 32 if outputs >= (8192 if heavy else 2048) else 16, 2
+    elif rows <= 32 or (rows <= 64 and outputs < 2048):
+        height, width, warps = 32, 32 if heavy else 16, 4
+    elif rows * outputs < 1 << 22:
+        height, warps = 64, 4
+        tiles = triton.cdiv(rows, height)
+        widths = (128, 64) if itemsize == 2 else (64,)
+        width = next((w for w in widths if tiles * triton.cdiv(outputs, w) >= ENOUGH), 32)
+    else:
+        height, width, warps = 128, 128, 8
+    if len(modules) > 1:
+        width = min(width, gcd(*modules) & -gcd(*modules))
+    alone = triton.cdiv(rows, height) * triton.cdiv(outputs, width) <= PROGRAMS
+    step = 128 if itemsize == 2 and (heavy if few else (height, width) == (64, 32)) else 64
+    # One program on a multiprocessor may have more of its memory than those that share one.
+    shared = _memory() if alone or height > BOX_ROWS else SHARED_BYTES
+    if height == BOX_ROWS:
+        shared = BOXES_BYTES
+    most = 6
+    if few:
+        most = 3 if heavy and not alone and width > 16 else 8
+    stages = min(most, triton.cdiv(inputs, step), shared // ((height + width) * step * itemsize))
+    return Tile(height, width, step, warps, max(2, stages))
+
+
+@cache
+def _memory() -> int:
+    """Bytes for the operands of a program that has a multiprocessor to itself."""
+    if not torch.cuda.is_available():
+        return ALONE_BYTES
+    driver = triton.runtime.driver.active
+    properties = driver.utils.get_device_properties(torch.cuda.current_device())
+    return min(ALONE_BYTES, int(properties["max_shared_mem"]) - 8192)
