@@ -12,7 +12,7 @@ import argparse
 from collections import Counter, defaultdict
 
 import torch
-from kernel_speed import BLOCK, DEVICE, DTYPE, RANK, config
+from random_models import DEVICE, DTYPE, RANK, random_model
 
 from idlm import SamplingParams
 from idlm.decoding.cycle import Method, State
@@ -20,46 +20,10 @@ from idlm.decoding.layout import Layout
 from idlm.decoding.propose import num_candidates
 from idlm.decoding.sampling import Sampling
 from idlm.decoding.verify import Drafts
-from idlm.engine.graphs import Graphs
-from idlm.engine.kv_cache import KVCache
-from idlm.model.adapter import Adapter, AdapterConfig
-from idlm.model.decoder import Decoder
+from idlm.engine.graphs import Graphs, timed
+from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 
 TEXT, BLOCKS, REPLAYS = 300, 40, 4  # tokens and blocks of a request; replays that are profiled
-HEAD_WIDTH = {"135M": 1024, "8B": 4096}
-
-
-def random_model(model: str) -> tuple[Decoder, Adapter]:
-    """Decoder and adapter with a sampler head."""
-    c, projections = config(model), ("qkv", "o", "gate_up", "down")
-    with torch.device("meta"):
-        decoder = Decoder(c).to(DTYPE)
-    decoder = decoder.to_empty(device=DEVICE)
-    shape = AdapterConfig(
-        RANK[model], RANK[model], projections, 7, HEAD_WIDTH[model], 2, None, "random"
-    )
-    adapter = Adapter(shape, c).to(DEVICE, DTYPE)
-    with torch.no_grad():
-        for module in (decoder, adapter):
-            for name, parameter in module.named_parameters():
-                if "norm" in name:
-                    parameter.fill_(1.0)
-                else:
-                    parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
-    return decoder.requires_grad_(False).eval(), adapter.freeze()
-
-
-def microseconds(graph: torch.cuda.CUDAGraph, times: int = 10) -> float:
-    """What a replay takes."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(3):
-        graph.replay()
-    start.record()
-    for _ in range(times):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / times * 1e3
 
 
 def profile(graph: torch.cuda.CUDAGraph, kernels: int) -> None:
@@ -90,6 +54,7 @@ def main() -> None:
     decoder, adapter = random_model(args.model)
     vocab_size = decoder.config.vocab_size
     cache = KVCache(decoder.config, DEVICE, DTYPE, 131_072 if args.model == "135M" else 40_000, 0)
+    real_blocks = cache.pool.capacity // BLOCK_TOKENS - 1  # the first is nobody's
     most = num_candidates(DEVICE, vocab_size)
     graphs = Graphs(cache, DEVICE, 512, 7, most)
     print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {args.model}")
@@ -98,7 +63,7 @@ def main() -> None:
         layout, B = Layout.named(name, int(stride)), int(count)
         params = SamplingParams(temperature=float(rest[0]) if rest else 0.0)
         candidates = 1 if params.greedy else most
-        blocks = torch.arange(B * BLOCKS, device=DEVICE) % (cache.pool.capacity // BLOCK - 1) + 1
+        blocks = torch.arange(B * BLOCKS, device=DEVICE) % real_blocks + 1
         M = layout.block_size
         ids = torch.randint(vocab_size, (B, M, candidates), device=DEVICE)
         full_B = torch.full((B,), M, device=DEVICE)
@@ -113,7 +78,7 @@ def main() -> None:
         method = Method(decoder, adapter if M else None, layout, "rejection")
         graphs.decode(method, blocks.view(B, BLOCKS).int(), state, sampling)
         graph = list(graphs._graphs.values())[-1].graph
-        print(f"{case}: {microseconds(graph):.0f} us")
+        print(f"{case}: {timed(graph, times=10) * 1e6:.0f} us")
         profile(graph, args.kernels)
 
 

@@ -34,7 +34,7 @@ from idlm.model.files import replacing
 SHARES = {"templates": 0.66, "code": 0.12, "prose": 0.10, "reasoning": 0.12}
 LONGEST = 1600  # characters of a prompt
 OVERLAP = 8  # words in a row that no prompt may share with an excluded file
-# Of the standard library, what may be imported without doing anything.
+# Of the standard library, what does more than to define something when it is imported.
 UNSAFE = {"antigravity", "this", "idlelib", "turtledemo", "turtle", "test", "lib2to3", "tkinter"}
 
 
@@ -105,7 +105,7 @@ def reasoning_prompts(draw: random.Random) -> Iterator[str]:
 
 
 def standard_functions() -> Iterator[str]:
-    """Sources of short functions of the standard library, without their comments' headers."""
+    """Sources of short functions of the standard library, without comments before them."""
     for module in standard_modules():
         for _, function in inspect.getmembers(module, inspect.isfunction):
             if function.__module__ != module.__name__:

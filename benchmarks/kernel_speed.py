@@ -21,48 +21,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from random_models import DEVICE, DTYPE, RANK, config, random_model
 
 from idlm.decoding.layout import Layout, row_tables
-from idlm.model.adapter import Adapter, AdapterConfig
+from idlm.model.adapter import Adapter
 from idlm.model.attention import PagedAttention, grouped_attention, visibility_bias
-from idlm.model.config import ModelConfig, RopeConfig
 from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.paged_attention import Rows, attend, rotate_and_append
 from idlm.model.cuda.projection import add, project
 from idlm.model.cuda.stream import begin
 from idlm.model.cuda.tile import Tile
-from idlm.model.decoder import Decoder
 
-DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 COLD_BYTES = 400e6  # several times the L2 cache
 BLOCK = 16
 BATCHES: list[int] = []
 Report = Callable[..., None]
 FORWARDS = {"ar": Layout.named("ar", 1), "linear4": Layout.named("linear", 4)}
 FORWARDS["quadratic4"] = Layout.named("quadratic", 4)
-
-
-def config(name: str) -> ModelConfig:
-    """The shapes of SmolLM2-135M or Qwen3-8B."""
-    small = name == "135M"
-    return ModelConfig(
-        model_type="llama" if small else "qwen3",
-        vocab_size=49152 if small else 151936,
-        hidden_size=576 if small else 4096,
-        intermediate_size=1536 if small else 12288,
-        num_layers=30 if small else 36,
-        num_heads=9 if small else 32,
-        num_kv_heads=3 if small else 8,
-        head_dim=64 if small else 128,
-        rms_norm_eps=1e-6,
-        max_position_embeddings=40960,
-        rope=RopeConfig(1e6),
-        qk_norm=not small,
-        tie_word_embeddings=small,
-    )
-
-
-RANK = {"135M": 24, "8B": 128}
 
 
 def microseconds(run: Callable[[], object], calls: int = 1, repeats: int = 15) -> float:
@@ -268,31 +243,6 @@ def time_attention(report: Report, deadline: float) -> None:
                 line["sdpa_us"] = microseconds(lambda: grouped_attention(q, kk, vv, bias))  # noqa: B023
                 line["GBps"] = 4e-3 * batch * S * K * D / line["attend_us"]
                 report(line)
-
-
-def random_model(model: str) -> tuple[Decoder, Adapter]:
-    c = config(model)
-    with torch.device("meta"):
-        decoder = Decoder(c).to(DTYPE)
-    decoder = decoder.to_empty(device=DEVICE)
-    adapter = Adapter(
-        AdapterConfig(
-            RANK[model],
-            RANK[model],
-            ("qkv", "o", "gate_up", "down"),
-            7,
-            0,
-            0,
-            None,
-            "random",
-        ),
-        c,
-    ).to(DEVICE, DTYPE)
-    with torch.no_grad():
-        for module in (decoder, adapter):
-            for parameter in module.parameters():
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return decoder.requires_grad_(False).eval(), adapter.freeze()
 
 
 def time_layers(model: str, report: Report, deadline: float, bandwidth: float) -> None:

@@ -88,8 +88,13 @@ def main() -> None:
         "idlm": [*spec, "--speculative-draft-model-path", args.adapter],
     }
     args.logs.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {"options": args.options, "stride": args.steps + 1}
-    report["tokens"] = args.tokens
+    report: dict[str, Any] = {
+        "options": args.options,
+        "stride": args.steps + 1,
+        "tokens": args.tokens,
+        "prompts": len(prompts),
+    }
+    load = Load(prompts, args.tokens, args.seconds)
     texts = {}
     runs = {
         name: server(
@@ -105,13 +110,11 @@ def main() -> None:
                 begin = time.perf_counter()
                 wait(url, args.logs / f"{name}.log")
                 report[name] = {"ready_after_seconds": time.perf_counter() - begin}
-                load = Load(prompts, args.tokens, args.seconds)
                 replies, figures = asyncio.run(measure(url, load, args.concurrency))
                 texts[name] = [reply["output_ids"] for reply in replies]
                 report[name] |= {"tokens_per_forward": tokens_per_forward(replies), "load": figures}
                 print(name, json.dumps(report[name], indent=1), file=sys.stderr)
                 _write(args.output, report)
-    report["prompts"] = len(prompts)
     report["identical_texts"] = sum(a == b for a, b in zip(texts["ar"], texts["idlm"], strict=True))
     report["speedup"] = {
         a["concurrency"]: b["tokens_per_second"] / a["tokens_per_second"]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_models import DEVICE, DTYPE, random_model
 
 from idlm import LLM, SamplingParams
 from idlm.decoding import cycle
@@ -36,8 +37,7 @@ from idlm.decoding.verify import Drafts, Verdict, _leading, verify
 from idlm.engine.engine import Engine
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.request import Request
-from idlm.model.adapter import Adapter, AdapterConfig
-from idlm.model.config import ModelConfig, RopeConfig
+from idlm.model.adapter import Adapter
 from idlm.model.decoder import Decoder
 
 PROMPTS = (
@@ -51,20 +51,6 @@ PROMPTS = (
     "Summarize the plot of Romeo and Juliet.",
 )
 IMPOSED = (0.83, 0.78, 0.75, 0.72, 0.70, 0.68, 0.66)  # chance that place 1, 2, ... stands
-QWEN3_8B = ModelConfig(
-    model_type="qwen3",
-    vocab_size=151936,
-    hidden_size=4096,
-    intermediate_size=12288,
-    num_layers=36,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=40960,
-    rope=RopeConfig(1e6),
-    qk_norm=True,
-)
 
 
 @dataclass
@@ -98,26 +84,6 @@ class Subject:
             max_batch=concurrency,
             policy=policy,
         )
-
-
-def random_8b(rank: int, head_width: int) -> tuple[Decoder, Adapter, KVCache]:
-    """Random weights in the shape of Qwen3-8B, with an adapter."""
-    device, dtype = torch.device("cuda"), torch.bfloat16
-    with torch.device("meta"):
-        decoder = Decoder(QWEN3_8B).to(dtype)
-    decoder = decoder.to_empty(device=device)
-    projections = ("qkv", "o", "gate_up", "down")
-    config = AdapterConfig(rank, rank, projections, 7, head_width, 2, None, "random")
-    adapter = Adapter(config, QWEN3_8B).to(device, dtype)
-    with torch.no_grad():
-        for module in (decoder, adapter):
-            for name, parameter in module.named_parameters():
-                if "norm" in name:
-                    parameter.fill_(1.0)
-                else:
-                    parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
-    cache = KVCache(QWEN3_8B, device, dtype, 300_000, wanted=0)
-    return decoder.requires_grad_(False).eval(), adapter.freeze(), cache
 
 
 def impose(rates: tuple[float, ...]) -> None:
@@ -292,7 +258,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.model == "8B":
         lender = LLM(args.tokenizer, "none", layout="ar", stride=1, kv_cache_tokens=64)
-        subject = Subject(lender, random_8b(128, 4096))
+        decoder, adapter = random_model("8B")
+        cache = KVCache(decoder.config, DEVICE, DTYPE, 300_000, wanted=0)
+        subject = Subject(lender, (decoder, adapter, cache))
         impose(IMPOSED)
     else:
         subject = Subject(

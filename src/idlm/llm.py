@@ -136,11 +136,11 @@ class LLM:
         self._max_batch = max_batch
         self._plans = plans(MOST_MASKS if loaded is None else loaded.config.block_size)
         self._policies: dict[str, Policy] = {}  # by layout; those over the same weights share them
-        self._layouts, self._verification = layout, verification
-        chooses = stride == "auto" and rows.num_masks > 0
-        self._policy = self._policy_of(layout) if chooses else None
+        self._verification = verification
+        # The layout whose strides are chosen; None: nothing is.
+        self._chosen = layout if stride == "auto" and rows.num_masks > 0 else None
         longest = max(self._policy.plans if self._policy else [rows], key=lambda x: x.num_rows)
-        self._method = Method(decoder, loaded, rows, self._rule(chooses))
+        self._method = Method(decoder, loaded, rows, self._rule(self._chosen))
         self._cache = KVCache(
             config,
             self.device,
@@ -162,13 +162,13 @@ class LLM:
 
     @property
     def auto(self) -> bool:
-        """Whether layout and stride are chosen for every forward."""
-        return self._policy is not None
+        """Whether the stride, at least, is chosen for every forward."""
+        return self._chosen is not None
 
     @property
     def layouts(self) -> str:
-        """The layout that was asked for; ``auto``: any, if the stride is ``auto`` too."""
-        return self._layouts
+        """The name of `layout`, or of all that is chosen from; ``auto``: any layout is."""
+        return self._chosen or self.layout.name
 
     @property
     def verification(self) -> str:
@@ -193,16 +193,14 @@ class LLM:
         """The same model over the same weights in another layout, as in `LLM`.
 
         Args:
+            stride: with ``auto`` it shares what others of the same layout know of their cost.
             verification: None: what was asked for when the model was loaded.
-        One that chooses its strides shares what others of the same layout know of their cost.
+        Raises:
+            InvalidRequestError: an argument is wrong, or the model has no adapter for masks.
         """
-        chooses = stride == "auto" and layout != "ar"
-        rule = self._rule(chooses) if verification is None else check_rule(verification)
-        other = self._with(self._method.adapter, _rows(layout, stride), rule)
-        other._layouts = layout
-        if chooses:
-            other._policy = self._policy_of(layout)
-        return other
+        chosen = layout if stride == "auto" and layout != "ar" else None
+        rule = self._rule(chosen) if verification is None else check_rule(verification)
+        return self._with(self._method.adapter, _rows(layout, stride), rule, chosen)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequestError` for a request that cannot be run."""
@@ -273,25 +271,31 @@ class LLM:
         """What `generate` and `stream` run on; made when it is first needed."""
         return self.new_engine()
 
-    def _rule(self, chooses: bool) -> str:
-        """How drafts are tested, if strides are chosen or not."""
+    def _rule(self, chosen: str | None) -> str:
+        """How drafts are tested where strides of the layout ``chosen`` are chosen, or none are."""
         if self._verification != "auto":
             return self._verification
-        return "coupled" if chooses else "rejection"
+        return "rejection" if chosen is None else "coupled"
 
-    def _policy_of(self, layout: str) -> Policy:
-        if layout not in self._policies:
-            names = ("ar", layout) if layout != "auto" else LAYOUTS
-            self._policies[layout] = Policy([x for x in self._plans if x.name in names])
-        return self._policies[layout]
+    @property
+    def _policy(self) -> Policy | None:
+        """What chooses."""
+        if self._chosen is None:
+            return None
+        if self._chosen not in self._policies:
+            names = LAYOUTS if self._chosen == "auto" else ("ar", self._chosen)
+            self._policies[self._chosen] = Policy([x for x in self._plans if x.name in names])
+        return self._policies[self._chosen]
 
-    def _with(self, adapter: Adapter | None, layout: Layout, rule: str) -> LLM:
+    def _with(
+        self, adapter: Adapter | None, layout: Layout, rule: str, chosen: str | None = None
+    ) -> LLM:
         other = object.__new__(LLM)
         other.__dict__.update(self.__dict__)
         other.__dict__.pop("_engine", None)
         if adapter is None and self.config.mask_token_id is None and layout.num_masks > 0:
             raise InvalidRequestError("This model has no adapter; only layout 'ar' can be decoded.")
-        other._policy = None
+        other._chosen = chosen
         other._method = Method(self._method.decoder, adapter, layout, rule)
         return other
 
@@ -407,7 +411,7 @@ def _each(
 
 
 def _rows(layout: str, stride: int | str) -> Layout:
-    """The rows of a forward; beside ``auto``, of those for which nothing is chosen."""
+    """The rows of a forward; with a stride ``auto``, of those for which nothing is chosen."""
     name = "quadratic" if layout == "auto" else layout
     return Layout.named(name, 4 if stride == "auto" else stride)  # type: ignore[arg-type]
 

@@ -17,7 +17,7 @@ class SamplingParams:
     """Sampling parameters of one request; names and meanings as in vLLM.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; at most 1e6.
         top_k: keep the ``k`` likeliest tokens; 0: all.
         top_p: keep the likeliest tokens that together reach this probability; 1: all.
         min_p: drop tokens below this share of the likeliest token's probability; 0: none.

@@ -7,7 +7,7 @@ follow any other: what it does not need of the drafts that there are is cut off.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from idlm.decoding.layout import Layout
@@ -50,12 +50,13 @@ class Policy:
         self.chosen: Counter[str] = Counter()
         places = max(plan.block_size for plan in self.plans)
         self._reached, self._accepted = [0.0] * places, [0.0] * places
-        self._current: dict[int, tuple[Layout, int]] = {}
+        # By the number of requests: the plan, and forwards until it is asked again.
+        self._current = defaultdict[int, tuple[Layout, int]](lambda: (self.plans[0], 0))
 
     def choose(self, requests: int) -> Layout:
         """The plan of the next forward of so many requests."""
         size = _size(requests)
-        plan, left = self._current.get(size, (self.plans[0], 0))
+        plan, left = self._current[size]
         if left == 0:
             plan, left = self._best(size, plan), PATIENCE
         # A plan whose cost is not known yet is asked about again at once.
@@ -65,7 +66,7 @@ class Policy:
 
     def current(self, requests: int) -> Layout:
         """The plan of the last forward of about so many requests."""
-        return self._current.get(_size(requests), (self.plans[0], 0))[0]
+        return self._current[_size(requests)][0]
 
     def took(self, requests: int, plan: Layout, seconds: float) -> None:
         """Note what a forward of so many requests cost."""

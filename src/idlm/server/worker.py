@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MethodKey:
-    """How a request wants to be decoded."""
+    """How a request wants to be decoded, as `LLM.with_layout` takes it."""
 
     layout: str
     stride: int | Literal["auto"]
@@ -45,9 +45,7 @@ class MethodKey:
     @classmethod
     def of(cls, llm: LLM) -> MethodKey:
         """How ``llm`` decodes."""
-        if llm.auto:
-            return cls(llm.layouts, "auto", llm.verification)
-        return cls(llm.layout.name, llm.layout.stride, llm.verification)
+        return cls(llm.layouts, "auto" if llm.auto else llm.layout.stride, llm.verification)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from idlm.integrations.sglang.rows import RowOrder, enter
 from idlm.integrations.sglang.slots import Slots
 from idlm.model.adapter import Adapter
 from idlm.model.config import ModelConfig
-from idlm.model.cuda.stack import SMALL_WEIGHT
+from idlm.model.cuda.stack import is_small
 
 # The host's names for the fused projections of a layer.
 PROJECTIONS = {
@@ -56,7 +56,7 @@ class Masks:
         model.forward = self._wrap(model.forward)
         if adapter is None:
             return
-        small = config.hidden_size * config.intermediate_size < SMALL_WEIGHT
+        small = is_small(config)
         for index, layer in enumerate(model.model.layers):  # type: ignore[union-attr, arg-type]
             for fused, lora in adapter.layer(index).items():
                 module: Any = layer.get_submodule(PROJECTIONS[fused])

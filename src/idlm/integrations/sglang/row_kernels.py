@@ -1,94 +1,12 @@
-"""Triton kernels for what surrounds a forward: one launch each, where most of it is launches."""
+"""Triton kernels of `rows`: one launch each, where most of what surrounds a forward is launches."""
 
 # No deferred annotations here: Triton reads them.
-import torch
 import triton
 import triton.language as tl
 
 
-def locate(
-    pending_B: torch.Tensor,
-    length_B: torch.Tensor,
-    slot_B: torch.Tensor,
-    table_PS: torch.Tensor,
-    width: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rows.locate`."""
-    B = len(slot_B)
-    ids_F, positions_F, places_F = torch.empty(
-        (3, B * width), dtype=torch.int64, device=slot_B.device
-    )
-    _locate[(B,)](
-        pending_B,
-        length_B,
-        slot_B,
-        table_PS,
-        table_PS.stride(0),
-        ids_F,
-        positions_F,
-        places_F,
-        W=width,
-        ROWS=triton.next_power_of_2(width),
-    )
-    return ids_F, positions_F, places_F
-
-
-def enter(
-    ids_F: torch.Tensor,
-    slot_B: torch.Tensor,
-    tokens_PM: torch.Tensor,
-    count_P: torch.Tensor,
-    embedding_VH: torch.Tensor,
-    mask_H: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rows.enter`, of embeddings that are all here."""
-    B, M, H = len(slot_B), tokens_PM.shape[1], len(mask_H)
-    order_F, x_FH = torch.empty_like(ids_F), embedding_VH.new_empty(len(ids_F), H)
-    _enter[(len(ids_F),)](
-        ids_F,
-        slot_B,
-        tokens_PM,
-        count_P,
-        embedding_VH,
-        mask_H,
-        order_F,
-        x_FH,
-        B,
-        M=M,
-        H=H,
-        WIDTH=triton.next_power_of_2(H),
-    )
-    return order_F, x_FH
-
-
-def report(
-    slot_B: torch.Tensor,
-    length_B: torch.Tensor,
-    committed_PN: torch.Tensor,
-    accepted_P: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rows.report`."""
-    B, N = len(slot_B), committed_PN.shape[1]
-    tokens_F = torch.empty(B * N, dtype=torch.int64, device=slot_B.device)
-    pending_B, new_length_B = torch.empty((2, B), dtype=torch.int64, device=slot_B.device)
-    count_B = torch.empty(B, dtype=torch.int32, device=slot_B.device)
-    _report[(B,)](
-        slot_B,
-        length_B,
-        committed_PN,
-        accepted_P,
-        tokens_F,
-        count_B,
-        new_length_B,
-        pending_B,
-        N=N,
-        ROWS=triton.next_power_of_2(N),
-    )
-    return tokens_F, count_B, new_length_B, pending_B
-
-
 @triton.jit
-def _locate(  # type: ignore[no-untyped-def]
+def locate(  # type: ignore[no-untyped-def]
     pending_ptr,
     length_ptr,
     slot_ptr,
@@ -100,7 +18,7 @@ def _locate(  # type: ignore[no-untyped-def]
     W: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One request."""
+    """Ids, positions and places of one request."""
     b = tl.program_id(0)
     row = tl.arange(0, ROWS)
     there = row < W
@@ -114,7 +32,7 @@ def _locate(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["B"])
-def _enter(  # type: ignore[no-untyped-def]
+def enter(  # type: ignore[no-untyped-def]
     ids_ptr,
     slot_ptr,
     tokens_ptr,
@@ -128,7 +46,7 @@ def _enter(  # type: ignore[no-untyped-def]
     H: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One row."""
+    """One row: its place in the order, and its embedding."""
     row = tl.program_id(0)
     b, r = row // (2 * M + 1), row % (2 * M + 1)
     slot = tl.load(slot_ptr + b).to(tl.int64)
@@ -148,7 +66,7 @@ def _enter(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _report(  # type: ignore[no-untyped-def]
+def report(  # type: ignore[no-untyped-def]
     slot_ptr,
     length_ptr,
     committed_ptr,
@@ -160,7 +78,7 @@ def _report(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One request."""
+    """What one request committed."""
     b = tl.program_id(0)
     slot = tl.load(slot_ptr + b).to(tl.int64)
     accepted = tl.load(accepted_ptr + slot)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import nn
 
 from idlm.integrations.sglang import row_kernels
 from idlm.integrations.sglang.slots import Slots
-from idlm.model.cuda import head as cuda_head
+from idlm.model.cuda import stack as cuda_stack
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,24 @@ def locate(
         table_PS: the host's place in its cache for each position of each slot.
         width: rows of a request.
     """
-    if cuda_head.usable(slot_B.device):
-        return row_kernels.locate(pending_B, length_B, slot_B, table_PS, width)
+    if cuda_stack.usable(slot_B.device):
+        B = len(slot_B)
+        ids_F, positions_F, places_F = torch.empty(
+            (3, B * width), dtype=torch.int64, device=slot_B.device
+        )
+        row_kernels.locate[(B,)](
+            pending_B,
+            length_B,
+            slot_B,
+            table_PS,
+            table_PS.stride(0),
+            ids_F,
+            positions_F,
+            places_F,
+            W=width,
+            ROWS=triton.next_power_of_2(width),
+        )
+        return ids_F, positions_F, places_F
     positions_BW = length_B[:, None] + torch.arange(width, device=slot_B.device)
     return (
         pending_B.long().repeat_interleave(width),
@@ -77,10 +94,25 @@ def enter(
         whole: whether this rank has the whole embedding.
     """
     weight_VH: torch.Tensor = embed.weight  # type: ignore[assignment]
-    if whole and cuda_head.usable(slot_B.device) and weight_VH.dtype is mask_H.dtype:
-        return row_kernels.enter(ids_F, slot_B, slots.tokens_PM, slots.count_P, weight_VH, mask_H)
-    tokens_BM, count_B = slots.tokens(slot_B), slots.count(slot_B)
-    B, M = tokens_BM.shape
+    B, M, H = len(slot_B), slots.tokens_PM.shape[1], len(mask_H)
+    if whole and cuda_stack.usable(slot_B.device) and weight_VH.dtype is mask_H.dtype:
+        order_F, x_FH = torch.empty_like(ids_F), weight_VH.new_empty(len(ids_F), H)
+        row_kernels.enter[(len(ids_F),)](
+            ids_F,
+            slot_B,
+            slots.tokens_PM,
+            slots.count_P,
+            weight_VH,
+            mask_H,
+            order_F,
+            x_FH,
+            B,
+            M=M,
+            H=H,
+            WIDTH=triton.next_power_of_2(H),
+        )
+        return order_F, x_FH
+    tokens_BM, count_B = slots.tokens_PM[slot_B], slots.count_P[slot_B]
     ids_BW = ids_F.view(B, 2 * M + 1)
     ids_BW = torch.cat((ids_BW[:, :1], tokens_BM, ids_BW[:, 1 + M :]), dim=1)
     masks_F = mask_rows(count_B, M)
@@ -112,8 +144,24 @@ def report(
         Tokens ``[B * N]``, int64; how many of each request's count, int32; the new lengths and the
         last token of each request, int64.
     """
-    if cuda_head.usable(slot_B.device):
-        return row_kernels.report(slot_B, length_B, slots.committed_PN, slots.accepted_P)
+    if cuda_stack.usable(slot_B.device):
+        B, N = len(slot_B), slots.committed_PN.shape[1]
+        tokens_F = torch.empty(B * N, dtype=torch.int64, device=slot_B.device)
+        last_B, new_length_B = torch.empty((2, B), dtype=torch.int64, device=slot_B.device)
+        count_B = torch.empty(B, dtype=torch.int32, device=slot_B.device)
+        row_kernels.report[(B,)](
+            slot_B,
+            length_B,
+            slots.committed_PN,
+            slots.accepted_P,
+            tokens_F,
+            count_B,
+            new_length_B,
+            last_B,
+            N=N,
+            ROWS=triton.next_power_of_2(N),
+        )
+        return tokens_F, count_B, new_length_B, last_B
     tokens_BN, count_B = slots.committed_PN[slot_B], slots.accepted_P[slot_B] + 1
     last_B = tokens_BN.gather(1, count_B[:, None] - 1).squeeze(1)
     return tokens_BN.flatten(), count_B.to(torch.int32), length_B + count_B, last_B

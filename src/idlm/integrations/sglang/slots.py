@@ -37,7 +37,7 @@ class Slots:
     def drafts(self, slot_B: torch.Tensor, all_greedy: bool) -> Drafts:
         """The drafts of the requests in these slots."""
         if all_greedy:
-            return Drafts.certain(self.tokens(slot_B), self.count(slot_B))
+            return Drafts.certain(self.tokens_PM[slot_B], self.count_P[slot_B])
         drafts = self._drafts.select(slot_B)
         certain = Drafts.certain(drafts.tokens_BM, drafts.count_B).resized(
             *drafts.ids_BMK.shape[1:]
@@ -46,14 +46,6 @@ class Slots:
         drafts.ids_BMK = torch.where(certain_B11, certain.ids_BMK, drafts.ids_BMK)
         drafts.probs_BMK = torch.where(certain_B11, certain.probs_BMK, drafts.probs_BMK)
         return drafts
-
-    def count(self, slot_B: torch.Tensor) -> torch.Tensor:
-        """How many drafts these slots hold."""
-        return self.count_P[slot_B]
-
-    def tokens(self, slot_B: torch.Tensor) -> torch.Tensor:
-        """The drafted tokens ``[B, M]``."""
-        return self.tokens_PM[slot_B]
 
     def clear(self, slot_B: torch.Tensor) -> None:
         """Forget the drafts: a new request is in each of these slots."""

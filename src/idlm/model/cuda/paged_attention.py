@@ -144,7 +144,7 @@ def attend(
     K, T, D = k_NKTD.shape[1:]
     Q = W // D - 2 * K
     G, R, B = Q // K, rows.clean + rows.masks, rows.requests
-    # No more tiles than necessary, and of those the smaller ones.
+    # As few rows in all tiles as can be; of those, in as few tiles.
     height = MIN_ROWS if triton.cdiv(R * G, MIN_ROWS) % 2 else MAX_ROWS
     tiles = triton.cdiv(R * G, height)
     longest = triton.cdiv(rows.table_BP.shape[1] * T, PART_KEYS)
