@@ -20,6 +20,15 @@ LIMITS = Limits(length=160, user=50, answer=60)
 END_OF_TURN = 2
 
 
+@pytest.fixture(autouse=True)
+def lines_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No board and no plot, which take longer than such trainings do.
+
+    As if their libraries were not installed; `monkeypatch.undo` brings them back.
+    """
+    monkeypatch.setattr("idlm.training.log.find_spec", lambda name: None)
+
+
 def load_talker(folder: Path) -> Decoder:
     """The model with a flatter output distribution that ends its turns now and then."""
     decoder = load_decoder(folder, device="cpu", dtype=torch.float32)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from idlm.errors import InvalidRequestError
 from idlm.model.checkpoint import load_decoder
 from idlm.model.decoder import Decoder
-from idlm.training import conversion
+from idlm.training import conversion, log
 from idlm.training.conversion import Conversion, FullConversion, LosslessConversion
 from idlm.training.data import Corpus
 from idlm.training.parallel import Parallel, torchrun
@@ -53,6 +53,7 @@ def train(model: Path, data: Path, out: Path, parallel: Parallel, steps: int = 8
 
 def worker(rank: int, port: int, model: Path, data: Path, whole: Path, part: Path) -> None:
     torch.set_num_threads(1)
+    vars(log)["find_spec"] = lambda name: None  # as `lines_only` has it here
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     with torchrun(torch.device("cpu")) as parallel:

@@ -170,7 +170,10 @@ def test_best_weights_are_the_result(decoder: Decoder, data_dir: Path, tmp_path:
     assert again.resume() and again.best == report.best and again.progress.step == 40
 
 
-def test_log_board_and_plot(decoder: Decoder, data_dir: Path, tmp_path: Path) -> None:
+def test_log_board_and_plot(
+    decoder: Decoder, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
     make_trainer(decoder, data_dir, tmp_path, CONFIG.with_(steps=4, log_every=2)).run()
     records = [json.loads(line) for line in (tmp_path / LOG_FILE).read_text().splitlines()]
     assert [r["step"] for r in records] == [2, 4, 4]
@@ -194,9 +197,8 @@ def test_bar_and_lines_on_a_terminal() -> None:
 
 
 def test_log_without_its_optional_libraries(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("idlm.training.log.find_spec", lambda name: None)
     log = RunLog(tmp_path, main=True)
     log.record(1, {"loss": 0.5})
     log.close()
