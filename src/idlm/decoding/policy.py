@@ -80,12 +80,13 @@ class Policy:
         share = 0.5 if seconds < before else 0.05
         self._seconds[key] = before + share * (seconds - before)
 
-    def saw(self, drafted: int, accepted: int) -> None:
-        """Note how many of a forward's drafts stood."""
+    def saw(self, drafted: int, accepted: int, times: int = 1) -> None:
+        """Note how many of a request's drafts stood in a forward; ``times`` it was so."""
+        fade = (1.0 - 1.0 / MEMORY) ** times
+        worth = MEMORY * (1.0 - fade)
         for place in range(min(drafted, accepted + 1, len(self._reached))):
-            fade = 1.0 - 1.0 / MEMORY
-            self._reached[place] = self._reached[place] * fade + 1.0
-            self._accepted[place] = self._accepted[place] * fade + (place < accepted)
+            self._reached[place] = self._reached[place] * fade + worth
+            self._accepted[place] = self._accepted[place] * fade + worth * (place < accepted)
 
     def acceptance(self) -> list[float]:
         """The chance that a draft at each place stands if all before it do."""

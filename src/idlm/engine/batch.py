@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 from idlm.decoding.cycle import Method, State
 from idlm.decoding.sampling import Sampling
 from idlm.engine.commit import Commit
-from idlm.engine.request import Request
+from idlm.engine.request import Place, Request
 from idlm.engine.runner import Runner
 from idlm.model.transfer import upload
 
@@ -39,15 +40,14 @@ class Batch:
         if wanted <= present and (not gone or self._may_keep(gone)):
             return
         stay = [row for row, request in enumerate(self.requests) if request in wanted]
+        joining = [request for request in requests if request not in present]
+        states = self._states([Place(self._state, row) for row in stay] if self._state else [])
         for row, request in enumerate(self.requests):
             if request not in wanted and not request.finished:
-                request.state = self._select([row])
-        joining = [request for request in requests if request not in present]
-        states = [self._select(stay)] if stay else []
+                request.place = Place(self._select([row]), 0)
+        states += self._states([request.place for request in joining if request.place])
         for request in joining:
-            assert request.state is not None
-            states.append(request.state)
-            request.state = None
+            request.place = None
         self._set([self.requests[row] for row in stay] + joining, states)
 
     def _may_keep(self, gone: Sequence[Request]) -> bool:
@@ -82,6 +82,16 @@ class Batch:
         requests = [request for batch in batches for request in batch.requests]
         self._set(requests, [batch._state for batch in batches if batch._state is not None])
 
+    def _states(self, places: Sequence[Place]) -> list[State]:
+        """The states at ``places``, in order; what can stay together is not taken apart."""
+        states = []
+        for _, group in groupby(places, lambda place: id(place.state)):
+            together = list(group)
+            state, rows = together[0].state, [place.row for place in together]
+            whole = rows == list(range(len(state.pending_B)))
+            states.append(state if whole else self._runner.select(state, rows))
+        return states
+
     def _select(self, rows: list[int]) -> State:
         assert self._state is not None
         return self._runner.select(self._state, rows)
@@ -109,10 +119,10 @@ class Table:
         most = max(lengths)
         if most > self._host_BP.shape[1]:
             self._host_BP = np.pad(self._host_BP, ((0, 0), (0, most - self._host_BP.shape[1])))
-        for row, lease in enumerate(self._leases):
-            if lengths[row] != self._lengths[row]:
-                self._host_BP[row, : lengths[row]] = lease.ids
-                self._host_BP[row, lengths[row] :] = 0
+        for row, (before, now) in enumerate(zip(self._lengths, lengths, strict=True)):
+            if now != before:
+                self._host_BP[row, before:now] = self._leases[row].ids[before:]
+                self._host_BP[row, now:before] = 0
         self._lengths = lengths
         self._table_BP = upload(self._host_BP, self._device)
         return self._table_BP

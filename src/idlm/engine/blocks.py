@@ -127,9 +127,10 @@ class BlockPool:
 
     def _digests(self, lease: Lease, tokens: Tokens, count: int) -> list[bytes]:
         """Digests of the first ``count`` blocks; each one depends on all tokens before its end."""
-        for index in range(len(lease.digests), count):
-            before = lease.digests[-1] if index else b""
-            start = index * self.block_tokens
-            own = array("q", tokens(start, start + self.block_tokens)).tobytes()
+        first, size = len(lease.digests), self.block_tokens
+        new = array("q", tokens(first * size, count * size)).tobytes() if first < count else b""
+        for at in range(0, len(new), size * 8):
+            before = lease.digests[-1] if lease.digests else b""
+            own = new[at : at + size * 8]
             lease.digests.append(hashlib.blake2b(before + own, digest_size=16).digest())
         return lease.digests[:count]

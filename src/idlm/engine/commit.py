@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from idlm.decoding.cycle import State
 from idlm.engine.logprobs import logprobs_of
-from idlm.engine.request import Logprob, Request, Source
+from idlm.engine.request import Forward, Logprob, Request
 from idlm.model.tokenizer import Tokenizer
 
 
@@ -53,33 +52,24 @@ class Commit:
             self._copied.synchronize()
         return time.perf_counter() - start
 
-    def give(self, row: int, tokenizer: Tokenizer) -> tuple[int, int]:
-        """Give the request at ``row`` its new tokens, up to the one that ends it; after `wait`.
-
-        Returns:
-            Drafts that were tested, and those that stood.
-        """
-        request, (tokens, accepted, drafted, overlap) = self.requests[row], self._rows[row]
-        logprobs = self._logprobs(row, accepted + 1, request.params.logprobs, tokenizer)
-        request.stats.forward(drafted, accepted, overlap, self._launch.rows)
-        last = Source.CORRECTION if accepted < drafted else Source.SAMPLED
-        request.extend(tokens[: accepted + 1], [Source.DRAFT] * accepted + [last], logprobs)
-        return drafted, accepted
-
-    @cached_property
-    def _rows(self) -> list[tuple[list[int], int, int, list[float]]]:
-        """Tokens, accepted, drafted and overlap of each row."""
-        N = (self._packed_BX.shape[1] - 1) // 2
+    def news(self) -> list[tuple[list[int], Forward]]:
+        """For each request the tokens that it may take, and how they came to be; after `wait`."""
+        N, rows = (self._packed_BX.shape[1] - 1) // 2, self._launch.rows
         overlap_BM = self._packed_BX[:, N + 2 :].int().view(torch.float32)
-        rows = zip(self._packed_BX[:, : N + 2].tolist(), overlap_BM.tolist(), strict=True)
-        return [(row[:N], row[N], row[N + 1], overlap) for row, overlap in rows]
+        packed = zip(self._packed_BX[:, : N + 2].tolist(), overlap_BM.tolist(), strict=True)
+        return [(x[: x[N] + 1], (x[N + 1], x[N], overlap, rows)) for x, overlap in packed]
+
+    def give(self, row: int, news: tuple[list[int], Forward], tokenizer: Tokenizer) -> None:
+        """Give the request at ``row`` its `news`, up to the token that ends it."""
+        request, (tokens, forward) = self.requests[row], news
+        top = request.params.logprobs
+        logprobs = None if top is None else self._logprobs(row, len(tokens), top, tokenizer)
+        request.take(tokens, forward, logprobs)
 
     def _logprobs(
-        self, row: int, count: int, top: int | None, tokenizer: Tokenizer
-    ) -> list[dict[int, Logprob]] | None:
+        self, row: int, count: int, top: int, tokenizer: Tokenizer
+    ) -> list[dict[int, Logprob]]:
         """For each of ``count`` new tokens, its log-probability and the ``top`` likeliest."""
-        if top is None:
-            return None
         assert self._launch.logits_BNV is not None
         return logprobs_of(
             self._launch.logits_BNV[row, :count],

@@ -6,7 +6,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from idlm.engine.commit import Commit
 from idlm.engine.grammar import grammars_of
 from idlm.engine.graphs import text_requests, text_size
 from idlm.engine.kv_cache import KVCache
-from idlm.engine.request import Request
+from idlm.engine.request import Place, Request
 from idlm.engine.runner import Runner
 from idlm.engine.scheduler import Scheduler
 from idlm.engine.stats import EngineStats
@@ -327,7 +327,7 @@ class Engine:
             return
         self._flights.append(Commit(requests, launch))
         for row, request in enumerate(requests):
-            request.state = launch.state.one(row)
+            request.place = Place(launch.state, row)
             self._keep(request, request.num_tokens)
 
     def _first_method(self) -> Method:
@@ -345,22 +345,24 @@ class Engine:
         for _ in range(min(count, len(self._flights))):
             commit = self._flights.popleft()
             self._waited += commit.wait()
-            for row, request in enumerate(commit.requests):
-                if not request.finished:
-                    self._give(commit, row, request)
-                    given.append(request)
-        return given
-
-    def _give(self, commit: Commit, row: int, request: Request) -> None:
-        try:
-            tested = commit.give(row, self.tokenizer)
+            tested: Counter[tuple[int, int]] = Counter()
+            for row, news in enumerate(commit.news()):
+                request = commit.requests[row]
+                if request.finished:
+                    continue
+                try:
+                    commit.give(row, news, self.tokenizer)
+                    request.cached = request.num_tokens - 1
+                except Exception as error:
+                    self._blame(request, error)
+                if request.finished:
+                    self._scheduler.remove(request)
+                given.append(request)
+                tested[news[1][:2]] += 1
             if self._policy is not None:
-                self._policy.saw(*tested)
-            self._keep(request, request.num_tokens - 1)
-        except Exception as error:
-            self._blame(request, error)
-        if request.finished:
-            self._scheduler.remove(request)
+                for outcome, times in tested.items():
+                    self._policy.saw(*outcome, times)
+        return given
 
     def _keep(self, request: Request, cached: int) -> None:
         """Note that the first ``cached`` tokens of ``request`` are cached."""

@@ -6,6 +6,7 @@ import enum
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from idlm.decoding.cycle import State
 from idlm.decoding.metrics import DecodeStats
@@ -53,6 +54,18 @@ class Logprob:
     decoded_token: str
 
 
+# Drafts that a forward tested, those that stood, their overlaps, and its rows: what
+# `DecodeStats.forward` counts.
+Forward = tuple[int, int, list[float], int]
+
+
+class Place(NamedTuple):
+    """One of the requests that ``state`` is of."""
+
+    state: State
+    row: int
+
+
 @dataclass(eq=False)
 class Request:
     """A prompt, its parameters and all that has come of it so far.
@@ -64,9 +77,10 @@ class Request:
         started: `time.perf_counter` at its first admission; 0: not yet.
         lease: its blocks of the KV cache.
         cached: tokens of prompt and output whose keys and values are in them.
-        state: what it decodes on from, while it is not in a batch; None before its first token.
+        place: what it decodes on from, while it is not in a batch; None before its first token.
         prefix_hit_tokens: tokens of the prompt that were cached when it was first admitted.
         preemptions: how often it had to leave and come back.
+        by_hand: whether the host takes part in its forwards.
         host_bound: whether its next forward needs the last one's tokens on the host.
     """
 
@@ -81,26 +95,29 @@ class Request:
     priority: int = 0
     phase: Phase = Phase.WAITING
     token_ids: list[int] = field(default_factory=list)
-    sources: list[Source] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    stats: DecodeStats = field(default_factory=DecodeStats)
     error: Exception | None = None
     started: float = 0.0
     lease: Lease = field(default_factory=Lease)
     cached: int = 0
-    state: State | None = None
+    place: Place | None = None
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    by_hand: bool = field(init=False)
     host_bound: bool = field(init=False)
+    _forwards: list[Forward] = field(default_factory=list)  # not in sources and stats yet
+    _sources: list[Source] = field(default_factory=list)
+    _stats: DecodeStats = field(default_factory=DecodeStats)
     _text: str = ""
     _held: str = ""
     _decoded: int = 0  # tokens that are in the text, or held back from it
 
     def __post_init__(self) -> None:
         params = self.params
-        self.host_bound = params.constrained or params.penalised or params.logprobs is not None
+        self.by_hand = params.constrained or params.logprobs is not None
+        self.host_bound = self.by_hand or params.penalised
 
     @classmethod
     def create(
@@ -180,25 +197,40 @@ class Request:
         self._decode()
         return self._text
 
-    def extend(
+    @property
+    def sources(self) -> list[Source]:
+        """How each of its tokens came to be."""
+        self._count()
+        return self._sources
+
+    @property
+    def stats(self) -> DecodeStats:
+        """Counts over its forwards."""
+        self._count()
+        return self._stats
+
+    def take(
         self,
         tokens: Sequence[int],
-        sources: Sequence[Source],
+        forward: Forward,
         logprobs: Sequence[dict[int, Logprob]] | None = None,
     ) -> None:
-        """Take committed tokens, up to one that ends the request."""
+        """Take what ``forward`` committed, up to a token that ends the request."""
+        self._forwards.append(forward)
+        if logprobs is not None:
+            self.logprobs += logprobs
         # Only where a stop string or a grammar may end it does each token have to be looked at.
-        watched = bool(self.params.stop) or self.grammar is not None
-        ends = watched or not self.stop_token_ids.isdisjoint(tokens)
-        ends = ends or len(self.token_ids) + len(tokens) >= self.max_tokens
-        step = 1 if ends else len(tokens)
-        for at in range(0, len(tokens), step):
-            self.token_ids += tokens[at : at + step]
-            self.sources += sources[at : at + step]
-            if logprobs is not None:
-                self.logprobs += logprobs[at : at + step]
-            if ends:
-                self._look_at(tokens[at])
+        if (
+            len(self.token_ids) + len(tokens) < self.max_tokens
+            and self.stop_token_ids.isdisjoint(tokens)
+            and not self.params.stop
+            and self.grammar is None
+        ):
+            self.token_ids += tokens
+            return
+        for token in tokens:
+            self.token_ids.append(token)
+            self._look_at(token)
             if self.finished:
                 return
 
@@ -240,7 +272,7 @@ class Request:
             return False
         new = self.token_ids[self._decoded : count]
         self._decoded += len(new)
-        self._held += "".join(map(self.detokenizer.push, new))
+        self._held += self.detokenizer.push_all(new)
         return self._release()
 
     def _release(self) -> bool:
@@ -265,10 +297,20 @@ class Request:
     def _finish(self, reason: FinishReason) -> None:
         self.phase = Phase.FINISHED
         self.finish_reason = reason
-        self.stats.tokens = len(self.token_ids)
-        self.state = None
+        self._stats.tokens = len(self.token_ids)
+        del self.logprobs[len(self.token_ids) :]
+        self.place = None
         if self.started:
-            self.stats.seconds = time.perf_counter() - self.started
+            self._stats.seconds = time.perf_counter() - self.started
+
+    def _count(self) -> None:
+        """Bring sources and stats up to date; seldom asked for while forwards are many."""
+        for drafted, accepted, overlap, rows in self._forwards:
+            self._stats.forward(drafted, accepted, overlap, rows)
+            last = Source.CORRECTION if accepted < drafted else Source.SAMPLED
+            self._sources += [*[Source.DRAFT] * accepted, last]
+        self._forwards.clear()
+        del self._sources[len(self.token_ids) :]
 
 
 def _overlap(text: str, stop: str) -> int:

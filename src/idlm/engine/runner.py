@@ -62,7 +62,7 @@ class Runner:
         sampling: Sampling,
     ) -> Launch:
         """One cycle of ``method``, which is the runner's own but for the layout."""
-        if self._graphs is not None and not any(_by_hand(r) for r in requests):
+        if self._graphs is not None and not any(r.by_hand for r in requests):
             try:
                 return self._graphs.decode(method, table_BP, state, sampling)
             except CaptureError as error:
@@ -95,7 +95,7 @@ class Runner:
         count_B = upload([len(text) for text in texts], self.device)
         start_B = upload([r.cached for r in requests], self.device)
         sampling = self.sampling(requests)
-        if self._graphs is not None and not any(_by_hand(r) for r in requests):
+        if self._graphs is not None and not any(r.by_hand for r in requests):
             try:
                 return self._graphs.prefill(method, table_BP, tokens_BC, count_B, start_B, sampling)
             except CaptureError as error:
@@ -108,7 +108,7 @@ class Runner:
 
     def takes_nobody(self, requests: Sequence[Request]) -> bool:
         """Whether a batch may have rows of requests that have given their blocks back."""
-        return self._graphs is not None and not any(_by_hand(r) for r in requests)
+        return self._graphs is not None and not any(r.by_hand for r in requests)
 
     def cache(self, request: Request, end: int) -> torch.Tensor:
         """Cache the tokens before ``end`` that are not cached yet; their final hidden states."""
@@ -165,11 +165,6 @@ class Runner:
             [t[:count] for t, count in zip(tokens, counts, strict=True)],
             rows=drafts.tokens_BM.shape[1] + 1,
         ).to(self.device)
-
-
-def _by_hand(request: Request) -> bool:
-    """Whether the host takes part in its forwards."""
-    return request.params.constrained or request.params.logprobs is not None
 
 
 def _launched(outcome: Outcome) -> Launch:

@@ -48,7 +48,8 @@ class Scheduler:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self.pool.release(request.lease)
+        self.pool.commit(request.lease, request.tokens, request.cached)
+        self._release(request)
 
     def clear(self) -> None:
         """Forget all requests."""
@@ -57,7 +58,9 @@ class Scheduler:
 
     def grow(self) -> bool:
         """Make room for the next forward of those that run; whether there is room for all."""
-        return all(self._has_room(request) for request in self.running)
+        more, size = self.num_rows, self.pool.block_tokens
+        short = [r for r in self.running if r.cached + more > len(r.lease.ids) * size]
+        return all(self._has_room(request) for request in short)
 
     def preempt(self) -> None:
         """Let requests leave until there is room for the next forward of those that run.
@@ -93,8 +96,12 @@ class Scheduler:
         # Those that run will need a block each before long.
         if pool.grow(lease, request.num_tokens + self.num_rows, spare=len(self.running)):
             return True
-        pool.release(lease)
+        self._release(request)
         return False
+
+    def _release(self, request: Request) -> None:
+        self.pool.release(request.lease)
+        request.cached = 0
 
     def _begin(self, request: Request) -> None:
         if not request.started:

@@ -205,6 +205,13 @@ class Detokenizer:
             return ""
         return self._release() + self._decode([token_id])
 
+    def push_all(self, token_ids: Sequence[int]) -> str:
+        """What pushing ``token_ids`` one by one gives."""
+        if not self._tokenizer.is_byte_level:
+            return "".join(map(self.push, token_ids))
+        spoken = (t for t in token_ids if t not in self._skipped)
+        return self._utf8.decode(b"".join(map(self._tokenizer.token_bytes, spoken)))
+
     def flush(self) -> str:
         """The rest of the text, when no more tokens come."""
         return self._utf8.decode(b"", final=True) + self._release()
