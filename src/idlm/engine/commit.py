@@ -59,17 +59,13 @@ class Commit:
         packed = zip(self._packed_BX[:, : N + 2].tolist(), overlap_BM.tolist(), strict=True)
         return [(x[: x[N] + 1], (x[N + 1], x[N], overlap, rows)) for x, overlap in packed]
 
-    def give(self, row: int, news: tuple[list[int], Forward], tokenizer: Tokenizer) -> None:
-        """Give the request at ``row`` its `news`, up to the token that ends it."""
-        request, (tokens, forward) = self.requests[row], news
-        top = request.params.logprobs
-        logprobs = None if top is None else self._logprobs(row, len(tokens), top, tokenizer)
-        request.take(tokens, forward, logprobs)
-
-    def _logprobs(
-        self, row: int, count: int, top: int, tokenizer: Tokenizer
-    ) -> list[dict[int, Logprob]]:
-        """For each of ``count`` new tokens, its log-probability and the ``top`` likeliest."""
+    def logprobs(
+        self, row: int, count: int, tokenizer: Tokenizer
+    ) -> list[dict[int, Logprob]] | None:
+        """For each of ``count`` new tokens, its log-probability and the likeliest, if wanted."""
+        top = self.requests[row].params.logprobs
+        if top is None:
+            return None
         assert self._launch.logits_BNV is not None
         return logprobs_of(
             self._launch.logits_BNV[row, :count],

@@ -22,7 +22,7 @@ from idlm.engine.commit import Commit
 from idlm.engine.grammar import grammars_of
 from idlm.engine.graphs import text_requests, text_size
 from idlm.engine.kv_cache import KVCache
-from idlm.engine.request import Place, Request
+from idlm.engine.request import Forward, Place, Request
 from idlm.engine.runner import Runner
 from idlm.engine.scheduler import Scheduler
 from idlm.engine.stats import EngineStats
@@ -345,21 +345,22 @@ class Engine:
         for _ in range(min(count, len(self._flights))):
             commit = self._flights.popleft()
             self._waited += commit.wait()
-            tested: Counter[tuple[int, int]] = Counter()
-            for row, news in enumerate(commit.news()):
+            forwards: list[Forward] = []
+            for row, (tokens, forward) in enumerate(commit.news()):
                 request = commit.requests[row]
                 if request.finished:
                     continue
                 try:
-                    commit.give(row, news, self.tokenizer)
+                    request.take(tokens, forward, commit.logprobs(row, len(tokens), self.tokenizer))
                     request.cached = request.num_tokens - 1
                 except Exception as error:
                     self._blame(request, error)
                 if request.finished:
                     self._scheduler.remove(request)
                 given.append(request)
-                tested[news[1][:2]] += 1
+                forwards.append(forward)
             if self._policy is not None:
+                tested = Counter((drafted, accepted) for drafted, accepted, _, _ in forwards)
                 for outcome, times in tested.items():
                     self._policy.saw(*outcome, times)
         return given
