@@ -81,7 +81,7 @@ class Engine:
         self._grammars = grammars_of(tokenizer, config.vocab_size, self._eos)
         self._ids = itertools.count()
         self._failed_forwards, self._waited, self._gathering = 0, 0.0, 0
-        self._pool = cache.pool
+        self._pool, self._beside = cache.pool, cache.beside
         self._scheduler = Scheduler(cache.pool, max_batch, rows)
         longest = min(self._context, self._room) + rows + text_size(chunk)
         table_width = -(-longest // cache.pool.block_tokens)
@@ -200,6 +200,7 @@ class Engine:
             The requests that went forward; none while other engines hold the blocks.
         """
         moved: list[Request] = []
+        self._beside.join()
         if not self._scheduler.grow():
             moved = self._read(len(self._flights))  # who has to leave leaves with all its tokens
             self._scheduler.preempt()
@@ -210,7 +211,9 @@ class Engine:
         if self._batch.requests:
             moved += [request for request in self._batch.requests if not request.finished]
             self._decode(self._batch)
-        moved += self._run_texts()
+        if self._scheduler.prefilling:
+            with self._beside.prompts():
+                moved += self._run_texts()
         if not self._ahead or any(request.host_bound for request in moved):
             due = len(self._flights)
         self._read(due)
@@ -238,6 +241,7 @@ class Engine:
             self._launch(batch)
         except Exception as error:
             self._failed_forwards += 1
+            self._beside.join()  # nothing runs beside what is left of it
             self._read(len(self._flights))  # what came before it counts
             if len(requests) == 1:
                 self._fail(requests[0], error)
@@ -250,6 +254,7 @@ class Engine:
 
     def _launch(self, batch: Batch) -> None:
         """Begin a forward of ``batch``, by the plan that is best for it."""
+        self._beside.cycle()
         if self._policy is None:
             self._flights.append(batch.launch(self.method))
             return
@@ -267,8 +272,7 @@ class Engine:
 
     def _run_texts(self) -> list[Request]:
         """Run a chunk of what is not cached; whose text is cached decodes from then on."""
-        if self._scheduler.prefilling:
-            self._began = None
+        self._began = None
         moved: list[Request] = []
         whole: list[Request] = []
         left = self.chunk

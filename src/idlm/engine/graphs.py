@@ -53,7 +53,7 @@ class Graphs:
         self._inputs: dict[tuple[object, ...], Inputs] = {}
         self._texts: dict[tuple[object, ...], Texts] = {}
         self._graphs: dict[tuple[object, ...], Graph] = {}
-        self._pool: Any = None  # memory that all graphs share
+        self._pools: dict[type, tuple[Any, torch.cuda.Stream]] = {}
 
     def decode(
         self, method: Method, table_BP: torch.Tensor, state: State, sampling: Sampling
@@ -117,7 +117,7 @@ class Graphs:
         kept = [tensor.clone() for tensor in inputs.tensors]
         try:
             inputs.clear()
-            stream = torch.cuda.Stream(self._device)
+            pool, stream = self._pool(type(inputs))
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
                 # What is compiled or allocated once is not part of the graph.
@@ -126,10 +126,9 @@ class Graphs:
             torch.cuda.current_stream(self._device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             inputs.clear()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 outcome = run()
                 state = inputs.go_on(outcome.state)
-            self._pool = graph.pool()
             inputs.pretend()
             seconds = timed(graph)
         except Exception as error:
@@ -138,6 +137,16 @@ class Graphs:
             for tensor, before in zip(inputs.tensors, kept, strict=True):
                 tensor.copy_(before)
         return Graph(graph, outcome.packed_BX, state, outcome.rows, seconds)
+
+    def _pool(self, kind: type) -> tuple[Any, torch.cuda.Stream]:
+        """Memory that all graphs of a kind share, and the stream that they are captured on.
+
+        Prompts run beside cycles: they share neither memory nor a library's workspace with them.
+        """
+        if kind not in self._pools:
+            pool = torch.cuda.graph_pool_handle()
+            self._pools[kind] = pool, torch.cuda.Stream(self._device)
+        return self._pools[kind]
 
 
 def timed(graph: torch.cuda.CUDAGraph, times: int = 3) -> float:

@@ -7,6 +7,7 @@ import math
 import psutil
 import torch
 
+from idlm.engine.beside import Beside
 from idlm.engine.blocks import BlockPool
 from idlm.errors import InvalidRequestError, ResourceError
 from idlm.model.config import ModelConfig
@@ -27,6 +28,7 @@ class KVCache:
     Attributes:
         k_LNKTD, v_LNKTD: garbage where nobody has written.
         pool: who holds which block.
+        beside: what is launched over it, and in which order.
     Raises:
         InvalidRequestError: ``tokens`` is not a positive whole number.
         ResourceError: out of memory.
@@ -61,7 +63,7 @@ class KVCache:
                 "kv_cache_tokens or max_batch."
             ) from error
         self.k_LNKTD[:, 0], self.v_LNKTD[:, 0] = 0, 0
-        self.pool = BlockPool(num_blocks, BLOCK_TOKENS)
+        self.pool, self.beside = BlockPool(num_blocks, BLOCK_TOKENS), Beside(device)
 
 
 def _free_memory(device: torch.device) -> int:

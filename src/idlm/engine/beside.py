@@ -1,0 +1,47 @@
+"""Two streams of one device: prompts run beside the cycle that was launched just before them.
+
+What is launched lies in order: prompts run after all that came before the last cycle, and whatever
+is launched next runs after the prompts. So a prompt and that one cycle are all that overlaps, and
+these two never touch the same blocks: a request joins after its prompt, and one that has ended
+has no row in a cycle that is launched after its blocks were given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Beside:
+    """The order of what is launched on ``device``; elsewhere than on CUDA it is that of the host.
+
+    All that works on one KV cache shares one of these.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+        if self._cuda:
+            self._stream, self._before = torch.cuda.Stream(device), torch.cuda.Event()
+
+    def join(self) -> None:
+        """Let what is launched from now on run after all prompts."""
+        if self._cuda:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self.cycle()
+
+    def cycle(self) -> None:
+        """A cycle is launched next, which prompts need not wait for."""
+        if self._cuda:
+            self._before.record(torch.cuda.current_stream(self._device))
+
+    @contextmanager
+    def prompts(self) -> Iterator[None]:
+        """What is launched inside belongs to prompts."""
+        if not self._cuda:
+            yield
+            return
+        self._stream.wait_event(self._before)
+        with torch.cuda.stream(self._stream):
+            yield
