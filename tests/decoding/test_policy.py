@@ -99,3 +99,16 @@ def test_dear_first_masks_do_not_speak_for_the_next(ar: float, base: float, row:
 def test_plans_have_no_more_masks_than_were_trained() -> None:
     assert {plan.stride for plan in plans(3)} == {1, 2, 3, 4}
     assert plans(0) == (Layout.named("ar", 1),)
+
+
+def test_what_is_a_little_slower_than_no_drafts_is_left() -> None:
+    ar, two = Layout.named("ar", 1), Layout.named("quadratic", 2)
+    policy = Policy([ar, two])
+    cost = {ar: 1.0, two: 1.7}
+    for chance, expected in ((0.9, two), (0.65, ar)):
+        random = Random(1)
+        for _ in range(6000):
+            plan = policy.choose(8)
+            policy.took(8, plan, cost[plan])
+            policy.saw(1, int(random.random() < chance))
+        assert policy.current(8) is expected

@@ -124,7 +124,10 @@ class Policy:
                 known.append((plan.num_rows, max(before, self._seconds[size, plan])))
             elif not known or self.tokens(plan) / _least(known, plan.num_rows) > best * BETTER:
                 return plan
-        if current in rates and best <= rates[current] * BETTER:
+        first = rates[self.plans[0]]
+        # To stay with what is a little worse than another plan is all right, but not than the one
+        # that works without drafts.
+        if current in rates and best <= rates[current] * BETTER and rates[current] >= first:
             return current
         return max(rates, key=lambda plan: rates[plan])
 
