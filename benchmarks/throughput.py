@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from itertools import cycle as cycle_without_end
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -127,17 +128,24 @@ def measure(
     source: Iterator[list[int]],
     concurrency: int,
     params: dict[str, Any],
+    spread: float,
     seconds: float,
 ) -> dict[str, Any]:
-    """Run ``concurrency`` requests at a time, and look at a window of ``seconds``."""
+    """Run ``concurrency`` requests at a time, and look at a window of ``seconds``.
+
+    Answers of one length end together without drafts, and the prompts after them are read together;
+    ``spread`` is the share of ``max_tokens`` by which they differ at most, either way.
+    """
     alive: list[Request] = []
     ended: list[Request] = []
     first: dict[int, float] = {}
-    seeds = count()
+    seeds, lengths, most = count(), Random(0), params["max_tokens"]
 
     def step() -> None:
         while len(alive) < concurrency:
-            alive.append(engine.add(next(source), SamplingParams(seed=next(seeds), **params)))
+            length = max(1, round(most * (1 + spread * lengths.uniform(-1, 1))))
+            own = SamplingParams(seed=next(seeds), **params | {"max_tokens": length})
+            alive.append(engine.add(next(source), own))
         engine.step()
         now = time.perf_counter()
         for request in list(alive):
@@ -184,6 +192,7 @@ def measure(
         "ttft_ms_p50": ttft[len(ttft) // 2] * 1e3 if ttft else None,
         "ttft_ms_p95": ttft[int(len(ttft) * 0.95)] * 1e3 if ttft else None,
         "plans": engine.stats.plans,
+        "graphs_ms": _graphs_ms(engine),
         "captured_in_window": _captured(engine) - captured,
         "tpot_ms": elapsed * concurrency / (tokens() - before) * 1e3,
     }
@@ -191,6 +200,17 @@ def measure(
         engine.abort(request)
     engine.close()
     return line
+
+
+def _graphs_ms(engine: Engine) -> dict[str, float]:
+    """What the captured cycles take on the device, by requests (or prompts) and layout."""
+    graphs = engine._runner._graphs
+    return {
+        f"{key[0]} {key[1]} x {key[2]}, {key[-1].name} {key[-1].stride}"
+        if key[0] == "prefill"
+        else f"{key[0]}, {key[-1].name} {key[-1].stride}": graph.seconds * 1e3
+        for key, graph in (graphs._graphs.items() if graphs else ())
+    }
 
 
 def _captured(engine: Engine) -> int:
@@ -249,6 +269,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, help="one prompt a line")
     parser.add_argument("--prompt-tokens", type=int, help="default: as long as they are")
     parser.add_argument("--output-tokens", type=int, default=256)
+    parser.add_argument(
+        "--spread", type=float, default=0.0, help="answers are up to this share longer or shorter"
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--window", type=float, default=1.0, help="seconds that are counted")
     parser.add_argument("--seconds", type=float, default=240, help="begin nothing new after")
@@ -283,7 +306,7 @@ def main() -> None:
             try:
                 source = prompts(subject.llm, args.prompts, args.prompt_tokens)
                 engine = subject.engine(plan, concurrency)
-                line |= measure(engine, source, concurrency, params, args.window)
+                line |= measure(engine, source, concurrency, params, args.spread, args.window)
             except Exception:
                 traceback.print_exc()
                 continue
@@ -294,6 +317,7 @@ def main() -> None:
                 concurrency,
                 short,
                 line["plans"],
+                {name: round(ms, 3) for name, ms in line["graphs_ms"].items()},
                 f"took {time.monotonic() - began:.1f} s",
                 flush=True,
             )
