@@ -135,8 +135,10 @@ class Engine:
         length = text_size(1)
         while self._ahead and length < min(self.chunk + 1, self._room, self._context):
             logger.info("Setting up for prompts of up to %d tokens.", length)
-            for count in sorted({1, text_requests(2, length), self.chunk // length}):
-                self._run_made_up(min(count, self.max_batch), length, 1)
+            most = min(self.chunk // length, self.max_batch)
+            counts = {text_requests(count, length) for count in range(1, most + 1)}
+            for count in sorted(counts):
+                self._run_made_up(min(count, most), length, 1)
             length *= 2
         if self._policy is not None:
             self._policy.forget()

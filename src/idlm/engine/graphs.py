@@ -24,7 +24,7 @@ from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 
 LEAST_TEXT = 16  # tokens of a captured prefill
 TIMED_TEXT = 512  # tokens of each request when a cycle is timed
-FEW_ROWS = 256  # of a forward: fewer take hardly less time
+FEW_ROWS = 128  # of a forward: fewer take hardly less time
 
 
 class CaptureError(RuntimeError):
