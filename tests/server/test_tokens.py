@@ -36,7 +36,7 @@ def updates(tokens: list[int], groups: list[int], stop: list[str]) -> tuple[Requ
     for size in [*groups, len(tokens)]:
         own = rest[:size]
         if own:
-            request.take(own, (len(own), len(own) - 1, [], 1), [{}] * len(own))
+            request.take(own, (len(own), len(own) - 1, 0.0, 1), [{}] * len(own))
         rest = rest[size:]
         update = job.news()
         if update is not None:

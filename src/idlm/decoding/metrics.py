@@ -27,12 +27,11 @@ class DecodeStats:
     rows: int = 0
     seconds: float = 0.0
 
-    def forward(self, drafted: int, accepted: int, overlap: list[float], rows: int) -> None:
-        """Count one forward; ``overlap`` of the places up to the first rejected one."""
+    def forward(self, drafted: int, accepted: int, overlap: float, rows: int) -> None:
+        """Count one forward; ``overlap`` is that of all `reached` places together."""
         self.outcomes[drafted, accepted] += 1
         self.rows += rows
-        if drafted:
-            self.overlap += sum(overlap[: _reached(drafted, accepted)])
+        self.overlap += overlap
 
     def __add__(self, other: DecodeStats) -> DecodeStats:
         names = self.__dataclass_fields__

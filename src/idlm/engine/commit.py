@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from idlm.decoding.cycle import State
@@ -54,9 +55,13 @@ class Commit:
 
     def news(self) -> list[tuple[list[int], Forward]]:
         """For each request the tokens that it may take, and how they came to be; after `wait`."""
-        N, rows = (self._packed_BX.shape[1] - 1) // 2, self._launch.rows
-        overlap_BM = self._packed_BX[:, N + 2 :].int().view(torch.float32)
-        packed = zip(self._packed_BX[:, : N + 2].tolist(), overlap_BM.tolist(), strict=True)
+        packed_BX, rows = self._packed_BX.numpy(), self._launch.rows
+        N = (packed_BX.shape[1] - 1) // 2
+        accepted_B, drafted_B = packed_BX[:, N], packed_BX[:, N + 1]
+        overlap_BM = packed_BX[:, N + 2 :].astype(np.int32).view(np.float32)
+        reached_B = np.minimum(accepted_B + 1, drafted_B)
+        overlap_B = overlap_BM.sum(1, where=np.arange(N - 1) < reached_B[:, None])
+        packed = zip(packed_BX[:, : N + 2].tolist(), overlap_B.tolist(), strict=True)
         return [(x[: x[N] + 1], (x[N + 1], x[N], overlap, rows)) for x, overlap in packed]
 
     def logprobs(

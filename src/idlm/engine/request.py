@@ -54,9 +54,9 @@ class Logprob:
     decoded_token: str
 
 
-# Drafts that a forward tested, those that stood, their overlaps, and its rows: what
+# Drafts that a forward tested, those that stood, their overlap, and its rows: what
 # `DecodeStats.forward` counts.
-Forward = tuple[int, int, list[float], int]
+Forward = tuple[int, int, float, int]
 
 
 class Place(NamedTuple):
