@@ -351,6 +351,7 @@ class Engine:
         for _ in range(min(count, len(self._flights))):
             commit = self._flights.popleft()
             self._waited += commit.wait()
+            got: list[Request] = []
             forwards: list[Forward] = []
             for row, (tokens, forward) in enumerate(commit.news()):
                 request = commit.requests[row]
@@ -361,10 +362,12 @@ class Engine:
                     request.cached = request.num_tokens - 1
                 except Exception as error:
                     self._blame(request, error)
+                got.append(request)
+                forwards.append(forward)
+            for request in got:
                 if request.finished:
                     self._scheduler.remove(request)
-                given.append(request)
-                forwards.append(forward)
+            given += got
             if self._policy is not None:
                 tested = Counter((drafted, accepted) for drafted, accepted, _, _ in forwards)
                 for outcome, times in tested.items():
