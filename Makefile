@@ -45,11 +45,13 @@ clean:  ## remove the environment and all caches
 	@rm -rf $(VENV) .venv-sglang build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # torch goes first and pinned: an unpinned torch may pick a build with gigabytes of CUDA libraries.
+# The pip that comes with Python 3.11 takes twice as long to find out which versions fit together.
 $(VENV)/.torch:
 	@echo "== setup: $(VENV) with $(TORCH)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: idlm needs Python 3.11 or newer and '$(PYTHON)' is not; name another one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
 	@$(PIP) "$(TORCH)"
 	@touch $@
 
