@@ -19,7 +19,7 @@ demo: $(VENV)/.demo  ## set up, then generate text with AR and I-DLM and compare
 
 test: $(VENV)/.dev  ## set up, then run the tests
 	@echo "== test: pytest in two processes, without the tests that need a GPU"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 test-sglang: .venv-sglang/.done  ## set up SGLang (5 GB, Python 3.12), then run the tests of our plug-in
 	@echo "== test-sglang: pytest with SGLang's own server, on the CPU"

@@ -1,4 +1,4 @@
-"""Settings shared by all tests: no network, two threads in all, one seed; slow tests first."""
+"""Settings shared by all tests: no network, two threads in all, one seed; which tests run where."""
 
 import os
 
@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,24 @@ settings.load_profile("idlm")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first, so that of several processes none is left alone with one at the end."""
     items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One process runs a file, as its tests share fixtures; the longest in parts that share none.
+
+    Who has nothing left gets the next file, in the order above.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            # As far as the model or the prompts, which are the first parameter.
+            return nodeid.partition("-")[0] if path == "tests/test_exactness.py" else path
+
+    config.option.loadscopereorder = False
+    return ByFixtures(config, log)
 
 
 @pytest.fixture(autouse=True)
