@@ -88,8 +88,8 @@ def test_objective_value_and_gradient() -> None:
 
 def test_evaluation_is_what_is_trained() -> None:
     """Without gradients, too, the compiled objective computes what the dense one does."""
-    decoder = make_decoder().to(torch.bfloat16)
-    adapter = make_adapter(decoder).to(torch.bfloat16)
+    decoder = make_decoder()
+    adapter = make_adapter(decoder)
     config, batch = make_config(anchors=32), make_batch(anchors=32)
     overlaps = []
     for device in ("cpu", "cuda"):
@@ -97,7 +97,7 @@ def test_evaluation_is_what_is_trained() -> None:
         with torch.no_grad():
             objective = LosslessObjective(decoder.to(device), adapter, config)
             overlaps.append(objective(batch.to(torch.device(device))).overlap_BAM.cpu())
-    torch.testing.assert_close(overlaps[1], overlaps[0], atol=0.03, rtol=0)
+    torch.testing.assert_close(overlaps[1], overlaps[0], atol=1e-2, rtol=0)
 
 
 def test_full_objective_value_and_gradient() -> None:
