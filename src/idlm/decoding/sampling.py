@@ -15,6 +15,7 @@ from idlm.decoding.params import SamplingParams
 from idlm.decoding.random import Stream, exponential
 from idlm.model.cpu import kernels as cpu_kernels
 from idlm.model.cuda import head as cuda_head
+from idlm.model.cuda.draw import Draw
 from idlm.model.transfer import upload
 
 
@@ -128,13 +129,11 @@ class Sampling:
         """Whether a request has penalties, a bias or a grammar."""
         return any(x is not None for x in (self.counts_BV, self.bias_BV, self.allowed_BNV))
 
-    def draw(self, position_B: torch.Tensor, stream: Stream) -> cuda_head.Draw | None:
+    def draw(self, position_B: torch.Tensor, stream: Stream) -> Draw | None:
         """How to draw, for kernels; None: everybody takes the likeliest."""
         if self.all_greedy:
             return None
-        return cuda_head.Draw(
-            self.seed_B, position_B, int(stream), self.temperature_B, self.greedy_B
-        )
+        return Draw(self.seed_B, position_B, int(stream), self.temperature_B, self.greedy_B)
 
     def commit(self, tokens_BN: torch.Tensor, accepted_B: torch.Tensor) -> None:
         """Count the accepted of ``tokens_BN``, and the one after them, as output."""

@@ -7,35 +7,17 @@ There may be no Triton here: kernels are imported where they are called.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from idlm.model.cuda.draw import Draw
 from idlm.model.cuda.stack import usable
 
 if TYPE_CHECKING:
     from idlm.model.adapter import HeadBlock, SamplerHead
     from idlm.model.cuda.stream import Stream
     from idlm.model.decoder import Decoder
-
-
-@dataclass(frozen=True)
-class Draw:
-    """How ``B`` requests draw from a distribution.
-
-    Attributes:
-        seed_B, position_B: int64; the draw is a function of these and the stream.
-        stream: `decoding.random.Stream`.
-        temperature_B: fp32.
-        greedy_B: bool; who takes the likeliest.
-    """
-
-    seed_B: torch.Tensor
-    position_B: torch.Tensor
-    stream: int
-    temperature_B: torch.Tensor
-    greedy_B: torch.Tensor
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor) -> bool:

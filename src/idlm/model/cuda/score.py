@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from idlm.model.cuda.choice import first_best
-from idlm.model.cuda.head import Draw
+from idlm.model.cuda.draw import Draw
 from idlm.model.cuda.noise import exponential, key_of
 from idlm.model.cuda.overlap import overlap, wait
 from idlm.model.cuda.stream import Stream
