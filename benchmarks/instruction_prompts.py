@@ -31,7 +31,7 @@ from reasoning_gym.factory import DATASETS
 
 from idlm.model.files import replacing
 
-SHARES = {"templates": 0.66, "code": 0.12, "prose": 0.10, "reasoning": 0.12}
+SHARES = {"templates": 0.85, "code": 0.05, "prose": 0.05, "reasoning": 0.05}
 LONGEST = 1600  # characters of a prompt
 OVERLAP = 8  # words in a row that no prompt may share with an excluded file
 # Of the standard library, what does more than to define something when it is imported.
