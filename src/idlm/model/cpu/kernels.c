@@ -3,9 +3,8 @@
  * idlm_stack runs all layers of a decoder, idlm_greedy_chain a sampler head; the others are parts.
  *
  * Every kernel is row-invariant: a row's result is bitwise the same whatever else is in the call,
- * because one (row, output) pair is always reduced by one vector accumulator, in index order, and
- * then by one fixed tree. Blocking over rows, outputs and threads only chooses what is computed
- * together, never the order of a sum.
+ * because the order in which one output of one row is summed up is fixed: blocking over rows, outputs
+ * and threads only chooses what is computed together.
  *
  * bf16 data is widened to fp32 in registers (a bf16 is the upper half of an fp32), so a CPU without
  * bf16 arithmetic streams half the bytes and still multiplies at fp32 speed.
@@ -41,20 +40,32 @@
 #define VL 4
 #endif
 #define GROUP (2 * VL) /* elements of a weight row that one step of the inner loop consumes */
-/* A register block of the dot products: rows * outputs accumulators must fit the register file.
- * Many rows take fewer outputs: one pass over the weights for up to TALL_RB rows. */
+/* Register blocks: as many accumulators as fit beside their operands. Dot products take RB rows by
+ * OB keys; products with weights take TILE rows by PANEL outputs, or FEW rows by VL, lanes being
+ * outputs. */
 #define OB 4
-#define TALL_OB 3
 #if VL == 16
 #define RB 6
-#define TALL_RB 9
+#define TILE 9
+#define FEW 16
+#define PANEL_VECTORS 3
 #elif defined(__aarch64__)
 #define RB 5
-#define TALL_RB 7
+#define TILE 8
+#define FEW 16
+#define PANEL_VECTORS 3
+#elif VL == 8
+#define RB 2
+#define TILE 6
+#define FEW 6
+#define PANEL_VECTORS 2
 #else
 #define RB 2
-#define TALL_RB 3
+#define TILE 4
+#define FEW 4
+#define PANEL_VECTORS 2
 #endif
+#define PANEL (PANEL_VECTORS * VL)
 
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
@@ -106,6 +117,16 @@ INLINE vf vload(const void *p) {
     vf v;
     memcpy(&v, p, sizeof v);
     return v;
+}
+
+INLINE vf splat(float x) {
+#if VL == 16
+    return (vf)_mm512_set1_ps(x);
+#elif VL == 8
+    return (vf)_mm256_set1_ps(x);
+#else
+    return (vf){x, x, x, x};
+#endif
 }
 
 /* Half `part` (0, 1) of a group of 2 * VL elements at p as fp32. Of bf16 data these are the even
@@ -314,18 +335,18 @@ INLINE void pack_row(float *tile, int64_t rows, int64_t r, const char *src, bool
     }
 }
 
-INLINE void dot_step(vf acc[TALL_RB][OB], const int rows, const int outs, bool half,
-                     const float *x, const char *w, int64_t w_stride) {
+INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x, const char *w,
+                     int64_t w_stride) {
 #pragma GCC unroll 2
     for (int part = 0; part < 2; part++) {
         vf wv[OB];
 #pragma GCC unroll 16
-        for (int o = 0; o < outs; o++) wv[o] = load_part(w + o * w_stride, half, part);
+        for (int o = 0; o < OB; o++) wv[o] = load_part(w + o * w_stride, half, part);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             const vf xv = vload(x + r * GROUP + part * VL);
 #pragma GCC unroll 16
-            for (int o = 0; o < outs; o++) acc[r][o] = vfma(xv, wv[o], acc[r][o]);
+            for (int o = 0; o < OB; o++) acc[r][o] = vfma(xv, wv[o], acc[r][o]);
         }
         /* Read the weights again for the second half instead of keeping them: registers are the
          * scarce resource here. */
@@ -333,46 +354,34 @@ INLINE void dot_step(vf acc[TALL_RB][OB], const int rows, const int outs, bool h
     }
 }
 
-/* out[r * out_stride + o] = the dot product of row r of the packed tile with weight row o. Four
- * floats are written for each row, `outs` of them count. A product may be taken in slices of whole
- * groups: the accumulators go on from `from` (NULL: zero) and are left in `to` (NULL: it ends). */
-INLINE void dot_block(float *out, int64_t out_stride, const int rows, const int outs, bool half,
-                      const float *x, const char *w, int64_t w_stride, int64_t n, int64_t ahead,
-                      int phase, int period, const vf *from, vf *to) {
+/* out[r * out_stride + o] = the dot product of row r of the packed tile with weight row o < OB.
+ * Weights `ahead` bytes after these are fetched meanwhile. */
+INLINE void dot_block(float *out, int64_t out_stride, const int rows, bool half, const float *x,
+                      const char *w, int64_t w_stride, int64_t n, int64_t ahead) {
     const int64_t group_bytes = GROUP * (half ? 2 : 4), full = n / GROUP;
-    vf acc[TALL_RB][OB];
+    vf acc[RB][OB];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 16
-        for (int o = 0; o < outs; o++) acc[r][o] = from ? from[r * outs + o] : (vf){0};
+        for (int o = 0; o < OB; o++) acc[r][o] = (vf){0};
     for (int64_t g = 0; g < full; g++) {
         const char *p = w + g * group_bytes;
-        if (--phase < 0) {
-            phase += period;
 #pragma GCC unroll 16
-            for (int o = 0; o < outs; o++)
-                for (int64_t line = 0; line < group_bytes; line += 64)
-                    __builtin_prefetch(p + ahead + o * w_stride + line, 0, 2);
-        }
-        dot_step(acc, rows, outs, half, x + g * rows * GROUP, p, w_stride);
-    }
-    if (to) {
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; r++)
-#pragma GCC unroll 16
-            for (int o = 0; o < outs; o++) to[r * outs + o] = acc[r][o];
-        return;
+        for (int o = 0; o < OB; o++)
+            for (int64_t line = 0; line < group_bytes; line += 64)
+                __builtin_prefetch(p + ahead + o * w_stride + line, 0, 2);
+        dot_step(acc, rows, half, x + g * rows * GROUP, p, w_stride);
     }
     const int64_t rest = n - full * GROUP;
     if (rest) {
         char tail[OB][GROUP * 4] = {{0}};
-        for (int o = 0; o < outs; o++)
+        for (int o = 0; o < OB; o++)
             memcpy(tail[o], w + o * w_stride + full * group_bytes, rest * (half ? 2 : 4));
-        dot_step(acc, rows, outs, half, x + full * rows * GROUP, tail[0], sizeof tail[0]);
+        dot_step(acc, rows, half, x + full * rows * GROUP, tail[0], sizeof tail[0]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
-        const v4f sums = reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][outs - 1]);
+        const v4f sums = reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
         memcpy(out + r * out_stride, &sums, sizeof sums);
     }
 }
@@ -387,36 +396,15 @@ INLINE void dot_block(float *out, int64_t out_stride, const int rows, const int 
         case 5: if (RB >= 5) CALL(5); break; \
         case 6: if (RB >= 6) CALL(6); break; \
     }
-/* The same for RB < rows <= TALL_RB. */
-#define DISPATCH_TALL(rows, CALL)                           \
-    switch (rows) {                                         \
-        case 3: if (RB < 3) CALL(3); break;                 \
-        case 6: if (RB < 6 && TALL_RB >= 6) CALL(6); break; \
-        case 7: if (RB < 7 && TALL_RB >= 7) CALL(7); break; \
-        case 8: if (RB < 8 && TALL_RB >= 8) CALL(8); break; \
-        case 9: if (RB < 9 && TALL_RB >= 9) CALL(9); break; \
-    }
 
-INLINE int outputs_of(int64_t rows) { return rows > RB ? TALL_OB : OB; }
-
-/* `rows` <= TALL_RB rows by outputs_of(rows) weight rows; four floats are written per row. */
+/* `rows` <= RB rows by OB weight rows. */
 #define DEFINE_DOT(NAME)                                                                     \
     static void NAME(float *out, int64_t os, int rows, const float *x, const char *w,        \
-                     int64_t ws, int64_t n, int64_t ahead, int phase, int period,            \
-                     const vf *from, vf *to) {                                               \
-        if (rows > RB)                                                                       \
-            DISPATCH_TALL(rows, NAME##_tall)                                                 \
-        else                                                                                 \
-            DISPATCH_ROWS(rows, NAME##_block)                                                \
+                     int64_t ws, int64_t n, int64_t ahead) {                                 \
+        DISPATCH_ROWS(rows, NAME##_block)                                                    \
     }
-#define dot_bf16_block(R) \
-    dot_block(out, os, R, OB, true, x, w, ws, n, ahead, phase, period, from, to)
-#define dot_bf16_tall(R) \
-    dot_block(out, os, R, TALL_OB, true, x, w, ws, n, ahead, phase, period, from, to)
-#define dot_fp32_block(R) \
-    dot_block(out, os, R, OB, false, x, w, ws, n, ahead, phase, period, from, to)
-#define dot_fp32_tall(R) \
-    dot_block(out, os, R, TALL_OB, false, x, w, ws, n, ahead, phase, period, from, to)
+#define dot_bf16_block(R) dot_block(out, os, R, true, x, w, ws, n, ahead)
+#define dot_fp32_block(R) dot_block(out, os, R, false, x, w, ws, n, ahead)
 DEFINE_DOT(dot_bf16)
 DEFINE_DOT(dot_fp32)
 
@@ -443,7 +431,7 @@ INLINE const char *row_at(const Rows *v, int64_t i) {
 INLINE void mix_block(const int rows, const int count, bool half, float *o, int64_t o_stride,
                       const float *const *p, const Rows *v, int64_t first, int64_t end, int64_t at,
                       int64_t n) {
-    vf acc[TALL_RB][VB];
+    vf acc[RB][VB];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 8
@@ -459,7 +447,7 @@ INLINE void mix_block(const int rows, const int count, bool half, float *o, int6
                                    : load_part(vj + i / 2 * GROUP * (half ? 2 : 4), half, i % 2);
 #pragma GCC unroll 16
             for (int r = 0; r < rows; r++) {
-                const vf weight = (vf){0} + p[r][w];
+                const vf weight = splat(p[r][w]);
 #pragma GCC unroll 8
                 for (int i = 0; i < count; i++) acc[r][i] = vfma(weight, vv[i], acc[r][i]);
             }
@@ -475,10 +463,7 @@ INLINE void mix_block(const int rows, const int count, bool half, float *o, int6
 INLINE void mix_vector(int rows, bool half, float *o, int64_t o_stride, const float *const *p,
                        const Rows *v, int64_t first, int64_t end, int64_t at, int64_t n) {
 #define MIX_VECTOR(R) mix_block(R, 1, half, o, o_stride, p, v, first, end, at, n)
-    if (rows > RB)
-        DISPATCH_TALL(rows, MIX_VECTOR)
-    else
-        DISPATCH_ROWS(rows, MIX_VECTOR)
+    DISPATCH_ROWS(rows, MIX_VECTOR)
 }
 
 /* ---- linear --------------------------------------------------------------------------------- */
@@ -491,7 +476,7 @@ typedef struct Linear {
     int64_t in, out, row_block, out_block, out_tasks;
     bool accumulate, wide; /* wide: y is fp32 whatever x is */
     /* Low-rank update of the last `masks` of each `inner` rows: output o, which is of the first part
-     * with o < part_end[part], gets z[row, part, :] @ up[o / UP, :, o % UP]. */
+     * with o < part_end[part], gets z[row, part, :] @ up[o, :]. */
     const float *z;
     const char *up;
     int64_t masks, rank, z_row;
@@ -502,61 +487,232 @@ typedef struct Linear {
     _Atomic int64_t *down_done;
 } Linear;
 
-/* Weight rows between two visits to the results. Where several row tiles pass over them, they stay
- * in the L2 cache, and each pass prefetches its share of the next ones. */
-#define CHUNK 48
-/* Longer products of several tiles are taken in slices of about this many elements, so that a tile
- * stays in the L1 cache. The accumulators have to wait somewhere meanwhile: fewer outputs then. */
-#define SLICE 600
-#define SLICED_CHUNK 24
-#define AHEAD 16           /* distance of the prefetch in weight rows where there is one tile */
-#define UP 16
-#define SUMS (CHUNK + VL) /* stride of a row of sums: whole vectors may be written at its end */
+/* Inputs that are multiplied at a time: the weights of a panel's slice stay in the L1 cache. An
+ * output is the sum of its slices' sums, each in the order of the inputs. */
+#define SLICE 192
+#define STORES_AHEAD 8 /* rows of results that are fetched before they are written */
+#define UNIT 4         /* 32-bit elements of a 128-bit block */
 
-/* Add the low-rank update to the sums of outputs begin .. end - 1. */
-INLINE void add_low_rank(const Linear *a, float *sums, int64_t row0, int64_t rows, int64_t begin,
-                         int64_t end, bool half) {
-    const int64_t size = half ? 2 : 4, clean = a->inner - a->masks;
-    for (int64_t r = 0, n; r < rows; r += n) {
-        const int64_t b = (row0 + r) / a->inner, i = (row0 + r) % a->inner;
-        if (i < clean) {
-            n = clean - i;
-            continue;
+/* Block b of the result: 16 bytes of row UNIT * b; rows are `stride` bytes apart. */
+INLINE vf load_blocks(const char *row, int64_t stride) {
+    (void)stride; /* where a vector is one block */
+#if VL == 16
+    const char *row8 = row + 8 * stride;
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps((const float *)row));
+    v = _mm512_insertf32x4(v, _mm_loadu_ps((const float *)(row + 4 * stride)), 1);
+    v = _mm512_insertf32x4(v, _mm_loadu_ps((const float *)row8), 2);
+    return (vf)_mm512_insertf32x4(v, _mm_loadu_ps((const float *)(row8 + 4 * stride)), 3);
+#elif VL == 8
+    const __m256 v = _mm256_castps128_ps256(_mm_loadu_ps((const float *)row));
+    return (vf)_mm256_insertf128_ps(v, _mm_loadu_ps((const float *)(row + 4 * stride)), 1);
+#else
+    return vload(row);
+#endif
+}
+
+/* Transpose each 128-bit block of four vectors as a matrix of 4 x 4. */
+INLINE void transpose_blocks(vf t[UNIT]) {
+#if VL == 16
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps((__m512)t[0], (__m512)t[1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps((__m512)t[0], (__m512)t[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps((__m512)t[2], (__m512)t[3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps((__m512)t[2], (__m512)t[3]));
+    t[0] = (vf)_mm512_unpacklo_pd(a, c), t[1] = (vf)_mm512_unpackhi_pd(a, c);
+    t[2] = (vf)_mm512_unpacklo_pd(b, d), t[3] = (vf)_mm512_unpackhi_pd(b, d);
+#elif VL == 8
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps((__m256)t[0], (__m256)t[1]));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps((__m256)t[0], (__m256)t[1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps((__m256)t[2], (__m256)t[3]));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps((__m256)t[2], (__m256)t[3]));
+    t[0] = (vf)_mm256_unpacklo_pd(a, c), t[1] = (vf)_mm256_unpackhi_pd(a, c);
+    t[2] = (vf)_mm256_unpacklo_pd(b, d), t[3] = (vf)_mm256_unpackhi_pd(b, d);
+#else
+    const vf a = t[0], b = t[1], c = t[2], d = t[3];
+    for (int i = 0; i < UNIT; i++) t[i] = (vf){a[i], b[i], c[i], d[i]};
+#endif
+}
+
+/* n <= SLICE elements of VL or PANEL weight rows, `stride` bytes apart; whole units may be read. What
+ * lies `ahead` bytes after them is wanted next. */
+typedef struct {
+    const char *w;
+    int64_t stride, n, ahead;
+} Slice;
+
+typedef char Part[PANEL][SLICE * 4];
+
+/* Of weights w[out, in], inputs `first` and after of outputs begin .. end - 1; all others, of
+ * `origin` .. origin + width - 1, are zero. They are copied to `part` if need be. */
+INLINE Slice slice_of(Part part, const char *w, int64_t in, int64_t origin, int64_t width,
+                      int64_t begin, int64_t end, int64_t first, bool half) {
+    const int64_t size = half ? 2 : 4, n = min64(SLICE, in - first);
+    int64_t ahead = SLICE;
+    if (first + ahead >= in) ahead += width * in - ceil_div(in, SLICE) * SLICE;
+    const Slice slice = {w + (origin * in + first) * size, in * size, n, ahead * size};
+    begin = max64(begin, origin) - origin, end = min64(end, origin + width) - origin;
+    if (end - begin == width && n * size % 16 == 0) return slice;
+    memset(part, 0, (size_t)width * sizeof part[0]); /* nothing may be read beside the weights */
+    for (int64_t o = begin; o < end; o++)
+        memcpy(part[o], slice.w + o * slice.stride, (size_t)(n * size));
+    return (Slice){part[0], sizeof part[0], n, 0};
+}
+
+/* Elements `at` bytes after those at w, of VL rows: t[i] of all rows has lanes in their order, and
+ * is of two elements each if they are bf16. */
+INLINE void load_unit(vf t[UNIT], const char *w, const Slice *s, int64_t at) {
+    const char *next = w + s->ahead + at / 16 % 4 * (VL / 4) * s->stride + at;
+#pragma GCC unroll 4
+    for (int i = 0; i < VL / 4; i++) __builtin_prefetch(next + i * s->stride, 0, 3);
+#pragma GCC unroll 4
+    for (int i = 0; i < UNIT; i++) t[i] = load_blocks(w + i * s->stride + at, s->stride);
+    transpose_blocks(t);
+}
+
+/* Element 0 or 1 of those that load_unit leaves in a lane. */
+INLINE vf element(vf t, bool half, int which) {
+    if (!half) return t;
+    return which ? (vf)((vu)t & 0xffff0000u) : (vf)((vu)t << 16);
+}
+
+/* panel[i, o] = element i of weight row o as fp32. */
+INLINE void pack_panel(float *panel, const Slice *s, bool half) {
+    const int both = half ? 2 : 1;
+    for (int64_t o = 0; o < PANEL; o += VL)
+        for (int64_t i = 0; i < s->n; i += both * UNIT) {
+            vf t[UNIT];
+            load_unit(t, s->w + o * s->stride, s, i / both * 4);
+#pragma GCC unroll 8
+            for (int j = 0; j < both * UNIT; j++) {
+                const vf v = element(t[j / both], half, j % both);
+                memcpy(panel + (i + j) * PANEL + o, &v, sizeof v);
+            }
         }
-        n = min64(min64(rows - r, a->inner - i), TALL_RB);
-        const float *z = a->z + (b * a->masks + i - clean) * a->z_row;
-        for (int64_t o = begin, part = 0, width; o < end; o += width) {
-            while (o >= a->part_end[part]) part++;
-            width = min64(min64(VL, UP - o % UP), min64(end, a->part_end[part]) - o);
-            const float *p[TALL_RB];
-            for (int64_t j = 0; j < n; j++) p[j] = z + j * a->z_row + part * a->rank;
-            const Rows up = {.base = a->up + o / UP * a->rank * UP * size, .row_stride = UP * size};
-            mix_vector((int)n, half, sums + r * SUMS + o - begin, SUMS, p, &up, 0, a->rank,
-                       o % UP * size, width);
+}
+
+/* sums[r, o] += sum_i x[r, i] * (element i of weight row o), 0 <= o < VL, for so few rows that
+ * their accumulators leave room to turn the weights round on the way. */
+INLINE void multiply_few_block(const int rows, float *sums, const float *x, const Slice *s,
+                               bool half) {
+    const int both = half ? 2 : 1;
+    vf acc[FEW];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) acc[r] = (vf){0};
+    for (int64_t i = 0; i < s->n; i += both * UNIT) {
+        vf t[UNIT];
+        load_unit(t, s->w, s, i / both * 4);
+#pragma GCC unroll 8
+        for (int j = 0; j < both * UNIT; j++) {
+            const vf v = element(t[j / both], half, j % both);
+#pragma GCC unroll 16
+            for (int r = 0; r < rows; r++) acc[r] = vfma(splat(x[r * SLICE + i + j]), v, acc[r]);
         }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) {
+        const vf sum = vload(sums + r * PANEL) + acc[r];
+        memcpy(sums + r * PANEL, &sum, sizeof sum);
     }
 }
 
-/* A tile of rows on its way through the weights: pass `phase` of `period` passes over a chunk. */
-typedef struct {
-    const float *x;
-    int64_t rows;
-    int phase, period;
-} Tile;
+/* Call CALL(n) with n = rows as a compile-time constant, 1 <= rows <= most <= 16. */
+#define DISPATCH_UP_TO(most, rows, CALL)         \
+    switch (rows) {                              \
+        case 1: CALL(1); break;                  \
+        case 2: if (most >= 2) CALL(2); break;   \
+        case 3: if (most >= 3) CALL(3); break;   \
+        case 4: if (most >= 4) CALL(4); break;   \
+        case 5: if (most >= 5) CALL(5); break;   \
+        case 6: if (most >= 6) CALL(6); break;   \
+        case 7: if (most >= 7) CALL(7); break;   \
+        case 8: if (most >= 8) CALL(8); break;   \
+        case 9: if (most >= 9) CALL(9); break;   \
+        case 10: if (most >= 10) CALL(10); break; \
+        case 11: if (most >= 11) CALL(11); break; \
+        case 12: if (most >= 12) CALL(12); break; \
+        case 13: if (most >= 13) CALL(13); break; \
+        case 14: if (most >= 14) CALL(14); break; \
+        case 15: if (most >= 15) CALL(15); break; \
+        case 16: if (most >= 16) CALL(16); break; \
+    }
 
-/* The products of a tile with weight rows begin .. end - 1, in slices of `slice` elements. */
-INLINE void tile_sums(const Linear *a, const Tile *t, float *sums, int64_t begin, int64_t end,
-                      int64_t slice, int64_t ahead, bool half) {
-    const int64_t size = half ? 2 : 4, w_stride = a->in * size, outs = outputs_of(t->rows);
-    vf carried[TALL_RB * (SLICED_CHUNK + OB * TALL_OB)];
-    for (int64_t i = 0; i < a->in; i += slice) {
-        for (int64_t o = begin, at = 0, n; o < end; o += n, at += t->rows * outs) {
-            n = end - o < outs ? 1 : outs; /* the last outputs go one by one: stride 0 */
-            (half ? dot_bf16 : dot_fp32)(sums + o - begin, SUMS, (int)t->rows, t->x + i * t->rows,
-                                         a->w + o * w_stride + i * size, n > 1 ? w_stride : 0,
-                                         min64(slice, a->in - i), ahead, t->phase, t->period,
-                                         i ? carried + at : NULL,
-                                         i + slice < a->in ? carried + at : NULL);
+/* `rows` <= FEW. */
+#define DEFINE_MULTIPLY_FEW(NAME)                                                             \
+    static void NAME(int rows, float *sums, const float *x, const Slice *s) {                 \
+        DISPATCH_UP_TO(FEW, rows, NAME##_block)                                               \
+    }
+#define multiply_few_bf16_block(R) multiply_few_block(R, sums, x, s, true)
+#define multiply_few_fp32_block(R) multiply_few_block(R, sums, x, s, false)
+DEFINE_MULTIPLY_FEW(multiply_few_bf16)
+DEFINE_MULTIPLY_FEW(multiply_few_fp32)
+
+/* sums[r, o] += sum_i x[r, i] * panel[i, o], 0 <= i < n; rows of x are SLICE apart. */
+INLINE void multiply_block(const int rows, float *sums, const float *x, const float *panel,
+                           int64_t n) {
+    vf acc[TILE][PANEL_VECTORS];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < PANEL_VECTORS; v++) acc[r][v] = (vf){0};
+    for (int64_t i = 0; i < n; i++) {
+        vf w[PANEL_VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < PANEL_VECTORS; v++) w[v] = vload(panel + i * PANEL + v * VL);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            const vf xv = splat(x[r * SLICE + i]);
+#pragma GCC unroll 4
+            for (int v = 0; v < PANEL_VECTORS; v++) acc[r][v] = vfma(xv, w[v], acc[r][v]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < PANEL_VECTORS; v++) {
+            float *to = sums + r * PANEL + v * VL;
+            const vf sum = vload(to) + acc[r][v];
+            memcpy(to, &sum, sizeof sum);
+        }
+}
+
+/* `rows` <= TILE. */
+static void multiply(int rows, float *sums, const float *x, const float *panel, int64_t n) {
+#define MULTIPLY(R) multiply_block(R, sums, x, panel, n)
+    DISPATCH_UP_TO(TILE, rows, MULTIPLY)
+}
+
+/* Row r of a tile of `rows` rows as fp32, slice by slice; the slices of the rows alternate. Zeros
+ * up to a whole unit. */
+INLINE void pack_slices(float *tile, int64_t rows, int64_t r, const char *src, bool half,
+                        int64_t n) {
+    for (int64_t i = 0; i < ceil_div(n, 2 * UNIT) * 2 * UNIT; i += VL) {
+        const vf v = i < n ? load_vector(src + i * (half ? 2 : 4), half, n - i) : (vf){0};
+        memcpy(tile + (i / SLICE * rows + r) * SLICE + i % SLICE, &v, sizeof v);
+    }
+}
+
+/* Add the low-rank update to the sums [rows, PANEL] of outputs `origin` and after. */
+INLINE void add_low_rank(const Linear *a, float *sums, float *panel, Part spare, int64_t row0,
+                         int64_t rows, int64_t origin, bool half) {
+    const int64_t clean = a->inner - a->masks, stop = min64(a->out, origin + PANEL);
+    for (int64_t part = 0, begin = 0; begin < stop; begin = a->part_end[part++]) {
+        if (a->part_end[part] <= origin) continue;
+        for (int64_t first = 0; first < a->rank; first += SLICE) {
+            const Slice up = slice_of(spare, a->up, a->rank, origin, PANEL, begin,
+                                      min64(stop, a->part_end[part]), first, half);
+            pack_panel(panel, &up, half);
+            for (int64_t r = 0, n; r < rows; r += n) {
+                const int64_t b = (row0 + r) / a->inner, i = (row0 + r) % a->inner;
+                if (i < clean) {
+                    n = clean - i;
+                    continue;
+                }
+                n = min64(min64(rows - r, a->inner - i), TILE);
+                const float *z = a->z + (b * a->masks + i - clean) * a->z_row + part * a->rank;
+                float x[TILE * SLICE];
+                for (int64_t j = 0; j < n; j++)
+                    memcpy(x + j * SLICE, z + j * a->z_row + first, (size_t)up.n * sizeof *x);
+                multiply((int)n, sums + r * PANEL, x, panel, up.n);
+            }
         }
     }
 }
@@ -567,52 +723,60 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
     const int64_t rows = min64(a->row_block, a->rows - row0);
     const int64_t begin = index % a->out_tasks * a->out_block;
     const int64_t end = min64(a->out, begin + a->out_block);
-    const int64_t xs = padded(a->in), tiles = ceil_div(rows, TALL_RB), w_stride = a->in * size;
-    float *x = scratch(rows * (xs * sizeof(float) + sizeof(char *)));
+    const int64_t xs = ceil_div(a->in, SLICE) * SLICE, tiles = rows <= FEW ? 1 : ceil_div(rows, TILE);
+    float *panel = scratch((PANEL * SLICE + rows * (PANEL + xs)) * sizeof(float) +
+                           rows * sizeof(char *));
+    float *sums = panel + PANEL * SLICE, *x = sums + rows * PANEL;
     char **y = (char **)(x + rows * xs);
-    for (int64_t t = 0; t < tiles; t++) {
-        const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-        for (int64_t r = r0; r < r1; r++) {
+    const int64_t tile = rows / tiles, taller = rows % tiles; /* so many have one row more */
+    for (int64_t t = 0, r = 0, r0 = 0; t < tiles; t++, r0 = r) {
+        const int64_t n = tile + (t < taller);
+        for (; r < r0 + n; r++) {
             const int64_t b = (row0 + r) / a->inner, i = (row0 + r) % a->inner;
             const char *src = a->x + (b * a->x_batch + i * a->x_row) * size;
-            pack_row(x + r0 * xs, r1 - r0, r - r0, src, half, a->in);
+            pack_slices(x + r0 * xs, n, r - r0, src, half, a->in);
             y[r] = a->y + (b * a->y_batch + i * a->y_row) * y_size;
         }
     }
 
-    const int64_t slices = tiles == 1 ? 1 : ceil_div(a->in, SLICE);
-    const int64_t slice = padded(ceil_div(a->in, slices));
-    const int64_t step = slices == 1 ? CHUNK : SLICED_CHUNK;
-    const int64_t ahead = (tiles == 1 ? AHEAD : step) * w_stride;
-    for (int64_t chunk = begin; chunk < end; chunk += step) {
-        const int64_t chunk_end = min64(end, chunk + step);
-        if (a->up) { /* wanted when the sums of the chunk are done */
-            const char *from = a->up + chunk / UP * a->rank * UP * size;
-            const char *to = a->up + ceil_div(chunk_end, UP) * a->rank * UP * size;
-            for (; from < to; from += 64) __builtin_prefetch(from, 0, 2);
-        }
-        for (int64_t t = 0; t < tiles; t++) {
-            const int64_t r0 = rows * t / tiles, r1 = rows * (t + 1) / tiles;
-            for (int64_t r = r0; r < r1; r++)
-                for (int64_t o = chunk * y_size; o < chunk_end * y_size; o += 64)
-                    __builtin_prefetch(y[r] + o, 1, 3);
-            float sums[TALL_RB * SUMS];
-            const Tile tile = {x + r0 * xs, r1 - r0, (int)t, (int)tiles};
-            tile_sums(a, &tile, sums, chunk, chunk_end, slice, ahead, half);
-            if (a->up) {
-                while (atomic_load_explicit(a->down_done, memory_order_acquire) < a->down_tasks)
+    const int64_t width = rows <= FEW ? VL : PANEL;
+    Part part;
+    for (int64_t origin = begin; origin < end; origin += PANEL) {
+        memset(sums, 0, rows * PANEL * sizeof(float));
+        for (int64_t o = 0; o < PANEL; o += width)
+            for (int64_t first = 0; first < a->in; first += SLICE) {
+                const Slice slice =
+                    slice_of(part, a->w, a->in, origin + o, width, begin, end, first, half);
+                if (rows <= FEW) {
+                    (half ? multiply_few_bf16 : multiply_few_fp32)((int)rows, sums + o,
+                                                                   x + rows * first, &slice);
                     continue;
-                add_low_rank(a, sums, row0 + r0, r1 - r0, chunk, chunk_end, half);
-            }
-            for (int64_t r = r0; r < r1; r++)
-                for (int64_t o = chunk; o < chunk_end; o += VL) {
-                    const int64_t n = chunk_end - o;
-                    char *to = y[r] + o * y_size;
-                    vf v = vload(sums + (r - r0) * SUMS + o - chunk);
-                    if (a->bias) v += load_vector(a->bias + o * size, half, n);
-                    if (a->accumulate) v += load_vector(to, half, n);
-                    store_vector(to, half && !a->wide, n, v);
                 }
+                pack_panel(panel, &slice, half);
+                for (int64_t t = 0, r = 0, height; t < tiles; t++, r += height) {
+                    height = tile + (t < taller);
+                    multiply((int)height, sums + r * PANEL, x + r * xs + height * first, panel,
+                             slice.n);
+                }
+            }
+        if (a->up) {
+            while (atomic_load_explicit(a->down_done, memory_order_acquire) < a->down_tasks)
+                continue;
+            add_low_rank(a, sums, panel, part, row0, rows, origin, half);
+        }
+        const int64_t stop = min64(end, origin + PANEL);
+        for (int64_t r = 0; r < rows; r++) {
+            const char *later = y[min64(r + STORES_AHEAD, rows - 1)] + origin * y_size;
+            for (int64_t line = 0; line < PANEL * y_size; line += 64)
+                __builtin_prefetch(later + line, 1, 3);
+            for (int64_t o = origin; o < stop; o += VL) {
+                const int64_t n = stop - o;
+                char *to = y[r] + o * y_size;
+                vf v = vload(sums + r * PANEL + o - origin);
+                if (a->bias) v += load_vector(a->bias + o * size, half, n);
+                if (a->accumulate) v += load_vector(to, half, n);
+                store_vector(to, half && !a->wide, n, v);
+            }
         }
     }
 }
@@ -631,10 +795,10 @@ static void linear_task_fp32(const void *a, int64_t index) { linear_or_down_task
 
 /* Cut the product into tasks for so many threads; returns their number. */
 static int64_t cut(Linear *a, int64_t threads) {
-    const int64_t budget = 384 * 1024; /* bytes of packed rows: they stay in the L2 cache */
-    a->row_block = min64(a->rows, max64(RB, budget / ((a->in + GROUP) * 4) / RB * RB));
+    const int64_t budget = 2 << 20; /* bytes of packed rows and their sums */
+    a->row_block = min64(a->rows, max64(TILE, budget / ((a->in + PANEL) * 4) / TILE * TILE));
     const int64_t shares = threads == 1 ? 1 : threads * 2;
-    a->out_block = ceil_div(ceil_div(a->out, shares), OB * TALL_OB) * OB * TALL_OB;
+    a->out_block = ceil_div(ceil_div(a->out, shares), PANEL) * PANEL;
     a->out_tasks = ceil_div(a->out, a->out_block);
     return ceil_div(a->rows, a->row_block) * a->out_tasks;
 }
@@ -794,7 +958,7 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
             const bool direct = even && any == all * 0x01010101u;
             float scores[RB * OB];
             (half ? dot_bf16 : dot_fp32)(direct ? s + count[0] : scores, direct ? ss : OB, rows, q,
-                                         at, stride, D, ahead, 0, 1, NULL, NULL);
+                                         at, stride, D, ahead);
             if (direct) {
                 for (int i = 0; i < rows; i++) count[i] += OB;
                 continue;
@@ -1024,7 +1188,7 @@ typedef struct {
     Projection qkv, o, gate_up, down;
 } Layer;
 
-/* down: [parts * rank, in]; up: [out / UP, rank, UP]. */
+/* down: [parts * rank, in]; up: [out, rank]. */
 typedef struct {
     const void *down, *up;
     int64_t rank;
@@ -1271,7 +1435,7 @@ INLINE void score_task(const Score *a, int64_t index, bool half) {
         n = end - i < OB ? 1 : OB;
         v4f sums;
         (half ? dot_bf16 : dot_fp32)((float *)&sums, OB, 1, x, w + (i - begin) * width,
-                                     n == OB ? width : 0, a->in, 0, 0, 1, NULL, NULL);
+                                     n == OB ? width : 0, a->in, 0);
         store4((char *)(a->y + row * a->k + i), false, n, sums);
     }
 }

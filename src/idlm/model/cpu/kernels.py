@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from idlm.errors import ResourceError
@@ -88,7 +87,7 @@ class LowRank(ctypes.Structure):
     """Low-rank update of a projection; None: no update.
 
     ``down [parts * rank, in]`` has ``rank`` rows for each part of the outputs (q, k, v; gate, up);
-    ``up [ceil(out / 16), rank, 16]`` holds blocks of 16 outputs (see `blocks_of_outputs`).
+    ``up`` is ``[out, rank]``.
     """
 
     _fields_ = [("down", _POINTER), ("up", _POINTER), ("rank", _SIZE)]
@@ -431,12 +430,6 @@ def append(
     )
     if not fits:
         raise ValueError(_no_fit(R, start_B, table_BP, T))
-
-
-def blocks_of_outputs(weight_OI: torch.Tensor) -> torch.Tensor:
-    """``[ceil(O / 16), I, 16]``: a weight for kernels that go from output to output."""
-    padded_OI = F.pad(weight_OI, (0, 0, 0, -len(weight_OI) % 16))
-    return padded_OI.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:

@@ -132,8 +132,7 @@ def _updates(adapter: Adapter, dtype: torch.dtype) -> ctypes.Array[cpu_kernels.L
         ups: list[torch.Tensor] = []
 
         def low_rank(lora: LoraLinear) -> cpu_kernels.LowRank:
-            scaled_OZ = torch.cat([B.detach() for B in lora.B]) * lora.scale
-            ups.append(cpu_kernels.blocks_of_outputs(scaled_OZ))
+            ups.append(torch.cat([B.detach() for B in lora.B]) * lora.scale)
             return cpu_kernels.LowRank(address(lora.A, dtype), address(ups[-1], dtype), lora.rank)
 
         entries = [
