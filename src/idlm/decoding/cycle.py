@@ -24,7 +24,7 @@ from idlm.model.cuda import head as cuda_head
 from idlm.model.decoder import Decoder
 
 # Rows of a forward up to which mask blocks that will not be used go through the output layer too.
-ONE_PASS_ROWS = 12
+ONE_PASS_ROWS = {"cpu": 12, "cuda": 128}
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _conclude(
     N = R - num_masks
     # The output layer is read once for all rows where that is cheaper than reading it again for
     # the one block that is used.
-    at_once = num_masks == M or B * R <= ONE_PASS_ROWS
+    at_once = num_masks == M or B * R <= ONE_PASS_ROWS[hidden_BRH.device.type]
     logits_BRV = logits(method, hidden_BRH if at_once else hidden_BRH[:, :N])
     logits_BNV = logits_BRV[:, :N]
     verdict = verify(method.rule, logits_BNV, drafts, state.length_B + 1, sampling)
