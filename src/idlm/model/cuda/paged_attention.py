@@ -55,9 +55,14 @@ class Rows:
         """Clean rows of all requests together: where the mask rows begin."""
         return self.requests * self.clean
 
+    @property
+    def _in_order(self) -> bool:
+        """Whether flat rows lie as those of the requests do."""
+        return self.requests == 1 or self.masks == 0 or self.clean == 0
+
     def flat(self, x_BRX: torch.Tensor) -> torch.Tensor:
         """``[B, R, ...]`` to ``[N, ...]``, the clean rows first."""
-        if self.masks == 0 or self.clean == 0:
+        if self._in_order:
             return x_BRX.flatten(0, 1).contiguous()
         return torch.cat(
             (x_BRX[:, : self.clean].flatten(0, 1), x_BRX[:, self.clean :].flatten(0, 1))
@@ -65,7 +70,7 @@ class Rows:
 
     def unflat(self, x_NX: torch.Tensor) -> torch.Tensor:
         """``[N, ...]`` to ``[B, R, ...]``."""
-        if self.masks == 0 or self.clean == 0:
+        if self._in_order:
             return x_NX.unflatten(0, (self.requests, -1))
         clean, masks = x_NX[: self.first_mask], x_NX[self.first_mask :]
         parts = [(clean, self.clean), (masks, self.masks)]

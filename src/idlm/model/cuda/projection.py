@@ -20,7 +20,7 @@ from idlm.model.cuda.overlap import overlap
 from idlm.model.cuda.paged_attention import Rows
 from idlm.model.cuda.projection_kernel import LINE, project_tile
 from idlm.model.cuda.stream import Stream
-from idlm.model.cuda.tile import BOX_ROWS, Tile, tile_of
+from idlm.model.cuda.tile import BOX_ROWS, Tile, tile_of, tiles_of
 
 # Weights that are brought into the L2 cache ahead; more of them would not stay there.
 FETCHED = 1 << 22
@@ -109,7 +109,7 @@ def add(
     """
     modules = low_rank.modules if low_rank else (len(weight_HI),)
     N, (H, I) = len(x_NI), weight_HI.shape  # noqa: E741
-    tile = tile or tile_of(N, H, I, modules, x_NI.itemsize)
+    tile = tile or tile_of(_parts(N, low_rank, first_mask), H, I, modules, x_NI.itemsize)
     squares_NP = torch.empty(
         (N, triton.cdiv(H, tile.outputs)), dtype=torch.float64, device=x_NI.device
     )
@@ -151,16 +151,16 @@ def _launch(
     N, (O, I) = len(x_NI), weight_OI.shape  # noqa: E741
     modules = low_rank.modules if low_rank and not gated else (O,)
     K, T, D = heads.k_NKTD.shape[1:] if heads else (0, 1, 2)
+    parts = _parts(N, low_rank, first_mask)
     # No tile has two modules, or two heads.
-    tile = tile or tile_of(N, O, I, (*modules, D) if heads else modules, x_NI.itemsize)
+    tile = tile or tile_of(parts, O, I, (*modules, D) if heads else modules, x_NI.itemsize)
     masks = N - first_mask if low_rank else 0
     takes_boxes = x_NI.itemsize == 2 and I % 8 == 0 and order_N is None
     boxed = tile.rows >= BOX_ROWS and takes_boxes and _has_boxes()
     box_outputs = tile.outputs // 2 if (gated or heads) and boxed else tile.outputs
-    row_tiles, makers, z_MZ, merged_OI = triton.cdiv(N, tile.rows), 0, y_NO, None
+    makers, z_MZ, merged_OI = 0, y_NO, None
     if low_rank and masks and low_rank.merged_OI is not None:
         merged_OI = low_rank.merged_OI
-        row_tiles = triton.cdiv(first_mask, tile.rows) + triton.cdiv(masks, tile.rows)
     elif low_rank and masks:
         Z = len(low_rank.A_ZI)
         makers = triton.cdiv(masks, tile.rows) * triton.cdiv(Z, box_outputs)
@@ -178,9 +178,9 @@ def _launch(
     # Where the second and third module begin; one that is not there begins behind the end.
     second = modules[0] if len(modules) > 1 else O
     third = second + modules[1] if len(modules) > 2 else O
-    parts = x.squares_NP.shape[1] if isinstance(x, Stream) else 0
+    squares = x.squares_NP.shape[1] if isinstance(x, Stream) else 0
     lines = triton.next_power_of_2(triton.cdiv(I * x_NI.itemsize, LINE.value))
-    project_tile[(makers + row_tiles * triton.cdiv(O, tile.outputs),)](
+    project_tile[(makers + tiles_of(parts, tile.rows) * triton.cdiv(O, tile.outputs),)](
         x_NI,
         x.squares_NP if isinstance(x, Stream) else x_NI,
         weight_OI,
@@ -200,7 +200,7 @@ def _launch(
         N,
         first_mask,
         makers,
-        parts,
+        squares,
         x.eps if isinstance(x, Stream) else 0.0,
         x_box,
         weight_box,
@@ -219,7 +219,7 @@ def _launch(
         ORDERED=order_N is not None,
         UPDATE=makers > 0,
         MERGED=merged_OI is not None,
-        PARTS=triton.next_power_of_2(parts) if parts else 0,
+        PARTS=triton.next_power_of_2(squares) if squares else 0,
         GATED=gated,
         ONWARD=onward is not None,
         I=I,
@@ -235,6 +235,13 @@ def _launch(
         num_stages=tile.stages,
         **overlap(),
     )
+
+
+def _parts(N: int, low_rank: LowRank | None, first_mask: int) -> tuple[int, ...]:
+    """Rows that share weights: all, or clean rows and mask rows that have merged ones."""
+    if low_rank is None or low_rank.merged_OI is None:
+        return (N,)
+    return tuple(rows for rows in (first_mask, N - first_mask) if rows)
 
 
 def _places_of(heads: Heads | None, nothing: torch.Tensor) -> tuple[torch.Tensor | int, ...]:

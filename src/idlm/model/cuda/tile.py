@@ -14,6 +14,7 @@ BOX_ROWS = 64  # tiles of so many rows are fetched as boxes; fewer gain nothing 
 SHARED_BYTES, BOXES_BYTES, ALONE_BYTES = 65_536, 98_304, 131_072
 PROGRAMS = 132  # multiprocessors, about
 ENOUGH = 100  # programs that keep most of them busy
+MOST_FEW = 3  # tiles of the least height up to which they have that height
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,32 @@ class Tile:
 
 
 def tile_of(
-    rows: int, outputs: int, inputs: int, modules: tuple[int, ...], itemsize: int = 2
+    parts: tuple[int, ...], outputs: int, inputs: int, modules: tuple[int, ...], itemsize: int = 2
 ) -> Tile:
-    """The tile for a product of so many rows, outputs and inputs (docs/benchmarks.md, "Tiles").
+    """The tile for a product of so many outputs and inputs (docs/benchmarks.md, "Tiles").
 
-    All outputs of a tile belong to one module.
+    Args:
+        parts: rows of each part that has weights of its own; no tile has rows of two.
+        modules: outputs of each; no tile has outputs of two.
+        itemsize: bytes of an element.
     """
+    rows = sum(parts)
     heavy = outputs * inputs >= 1 << 22  # its bytes are what it costs; else, that all wait
-    few = rows <= 16 or (rows <= 32 and not heavy)
+    few = tiles_of(parts, MIN_ROWS) <= (1 if heavy else MOST_FEW)
     if few:
         height, width, warps = MIN_ROWS, 32 if outputs >= (8192 if heavy else 2048) else 16, 2
-    elif rows <= 32 or (rows <= 64 and outputs < 2048):
+    elif max(parts) <= 32 or (rows <= 64 and outputs < 2048):
         height, width, warps = 32, 32 if heavy else 16, 4
     elif rows * outputs < 1 << 22:
         height, warps = 64, 4
-        tiles = triton.cdiv(rows, height)
+        tiles = tiles_of(parts, height)
         widths = (128, 64) if itemsize == 2 else (64,)
         width = next((w for w in widths if tiles * triton.cdiv(outputs, w) >= ENOUGH), 32)
     else:
         height, width, warps = 128, 128, 8
     if len(modules) > 1:
         width = min(width, gcd(*modules) & -gcd(*modules))
-    alone = triton.cdiv(rows, height) * triton.cdiv(outputs, width) <= PROGRAMS
+    alone = tiles_of(parts, height) * triton.cdiv(outputs, width) <= PROGRAMS
     step = 128 if itemsize == 2 and (heavy if few else (height, width) == (64, 32)) else 64
     # One program on a multiprocessor may have more of its memory than those that share one.
     shared = _memory() if alone or height > BOX_ROWS else SHARED_BYTES
@@ -60,6 +65,11 @@ def tile_of(
         most = 3 if heavy and not alone and width > 16 else 8
     stages = min(most, triton.cdiv(inputs, step), shared // ((height + width) * step * itemsize))
     return Tile(height, width, step, warps, max(2, stages))
+
+
+def tiles_of(parts: tuple[int, ...], height: int) -> int:
+    """Tiles of so many rows that hold all ``parts``, none of them rows of two."""
+    return sum(triton.cdiv(rows, height) for rows in parts)
 
 
 @cache
