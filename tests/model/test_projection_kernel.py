@@ -295,11 +295,12 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it() -> None:
 
     x_NI, residual_NH = random(1000, 1536), random(1000, 576)
     down_HI, norm_H, gate_up_OH = random(576, 1536) * 0.02, random(576), random(3072, 576) * 0.04
+    o_HH = random(576, 576) * 0.04
     alone = None
     for rows in (1, 16, 32, 60, 128, 224, 512, 1000):
         stream = begin(residual_NH[:rows].contiguous(), norm_H, 1e-5)
         stream = add(stream, x_NI[:rows].contiguous(), down_HI, norm_H=norm_H, eps=1e-5)
-        inner_NI = project(stream, gate_up_OH, gated=True)
-        first = torch.cat((stream.x_NH[0], inner_NI[0], stream.normed()[0]))
+        inner_NI, o_NH = project(stream, gate_up_OH, gated=True), project(stream, o_HH)
+        first = torch.cat((stream.x_NH[0], inner_NI[0], stream.normed()[0], o_NH[0]))
         alone = first if alone is None else alone
         assert torch.equal(first, alone), rows

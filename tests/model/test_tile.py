@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("triton")
-from idlm.model.cuda.tile import ALONE_BYTES, MIN_ROWS, tile_of, tiles_of
+from idlm.model.cuda.tile import ALONE_BYTES, BOX_ROWS, MIN_ROWS, tile_of, tiles_of
 
 # Outputs, inputs and modules of the default model's products, heads told apart in the first one.
 SHAPES = {
@@ -44,6 +44,22 @@ def test_a_request_has_low_tiles(
 ) -> None:
     """Its clean and mask rows have weights of their own, and with them tiles of their own."""
     assert tile_of((clean, masks), *shape).rows == MIN_ROWS
+
+
+@given(parts=st.tuples(rows) | st.tuples(rows, rows))
+def test_a_box_of_gates_is_not_narrow(parts: tuple[int, ...]) -> None:
+    """A box has one of gate and up; narrower ones were the slowest tiles."""
+    tile = tile_of(parts, *SHAPES["gate_up"])
+    assert tile.rows < BOX_ROWS or tile.outputs // 2 >= 32
+
+
+@given(clean=rows, masks=rows, shape=st.sampled_from([(24576, 4096), (4096, 12288), (1536, 8960)]))
+def test_large_weights_are_cut_by_the_rows_of_all_parts(
+    clean: int, masks: int, shape: tuple[int, int]
+) -> None:
+    outputs, inputs = shape
+    together = tile_of((clean + masks,), outputs, inputs, (outputs,))
+    assert tile_of((clean, masks), outputs, inputs, (outputs,)) == together
 
 
 @given(parts=st.lists(rows, min_size=1, max_size=3), height=st.sampled_from([16, 32, 64]))
