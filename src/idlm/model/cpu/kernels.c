@@ -40,10 +40,10 @@
 #define VL 4
 #endif
 #define GROUP (2 * VL) /* elements of a weight row that one step of the inner loop consumes */
-/* Register blocks: as many accumulators as fit beside their operands. Dot products take RB rows by
- * OB keys; products with weights take TILE rows by PANEL outputs, or FEW rows by VL, lanes being
- * outputs. */
-#define OB 4
+/* Register blocks: as many accumulators as fit beside their operands. Products take TILE rows by
+ * PANEL outputs, or FEW rows by VL, lanes being outputs; weighted sums take RB rows by VB vectors. */
+#define OB 4 /* outputs of a dot product */
+#define VB 4
 #if VL == 16
 #define RB 6
 #define TILE 9
@@ -71,8 +71,6 @@ typedef float vf __attribute__((vector_size(4 * VL)));
 typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 typedef float v4f __attribute__((vector_size(16)));
-typedef uint32_t v4u __attribute__((vector_size(16)));
-typedef uint16_t v4h __attribute__((vector_size(8)));
 
 INLINE vf vfma(vf a, vf b, vf c) {
 #if VL == 16
@@ -136,42 +134,6 @@ INLINE vf load_part(const char *p, bool half, int part) {
     vu raw;
     memcpy(&raw, p, sizeof raw);
     return part ? (vf)(raw & 0xffff0000u) : (vf)(raw << 16);
-}
-
-/* n <= 4 elements at p as fp32, zero-padded. */
-INLINE v4f load4(const char *p, bool half, int64_t n) {
-    if (half) {
-        uint16_t h[4] = {0};
-        if (n == 4)
-            memcpy(h, p, 8);
-        else
-            memcpy(h, p, n * 2);
-        const v4u u = {h[0], h[1], h[2], h[3]};
-        return (v4f)(u << 16);
-    }
-    v4f v = {0};
-    if (n == 4)
-        memcpy(&v, p, 16);
-    else
-        memcpy(&v, p, n * 4);
-    return v;
-}
-
-/* Store n <= 4 elements; to bf16 by rounding to nearest even (NaN stays NaN). */
-INLINE void store4(char *p, bool half, int64_t n, v4f v) {
-    if (half) {
-        const v4u u = (v4u)v, rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-        const v4u nan = (v4u)(v != v), bits = (rounded & ~nan) | (0x7fc0u & nan);
-        const v4h h = __builtin_convertvector(bits, v4h);
-        if (n == 4)
-            memcpy(p, &h, 8);
-        else
-            memcpy(p, &h, n * 2);
-    } else if (n == 4) {
-        memcpy(p, &v, 16);
-    } else {
-        memcpy(p, &v, n * 4);
-    }
 }
 
 /* e^x for x <= 0, within 2 ulp; 0 below the smallest normal result. */
@@ -316,9 +278,8 @@ static void *scratch(size_t bytes) {
 /* Room for n elements in whole groups. */
 INLINE int64_t padded(int64_t n) { return ceil_div(n, GROUP) * GROUP; }
 
-/* Widen row r of a tile of `rows` rows to fp32, group by group in the order of load_part,
- * zero-padded. The groups of the rows alternate, so that the inner loop reads one dense stream. */
-INLINE void pack_row(float *tile, int64_t rows, int64_t r, const char *src, bool half, int64_t n) {
+/* Widen n elements to fp32, group by group in the order of load_part, zero-padded. */
+INLINE void pack_row(float *row, const char *src, bool half, int64_t n) {
     const int64_t size = half ? 2 : 4;
     for (int64_t g = 0; g < n; g += GROUP) {
         char tail[GROUP * 4];
@@ -330,100 +291,75 @@ INLINE void pack_row(float *tile, int64_t rows, int64_t r, const char *src, bool
         }
         for (int part = 0; part < 2; part++) {
             const vf v = load_part(p, half, part);
-            memcpy(tile + g * rows + r * GROUP + part * VL, &v, sizeof v);
+            memcpy(row + g + part * VL, &v, sizeof v);
         }
     }
 }
 
-INLINE void dot_step(vf acc[RB][OB], const int rows, bool half, const float *x, const char *w,
-                     int64_t w_stride) {
-#pragma GCC unroll 2
-    for (int part = 0; part < 2; part++) {
-        vf wv[OB];
-#pragma GCC unroll 16
-        for (int o = 0; o < OB; o++) wv[o] = load_part(w + o * w_stride, half, part);
-#pragma GCC unroll 16
-        for (int r = 0; r < rows; r++) {
-            const vf xv = vload(x + r * GROUP + part * VL);
-#pragma GCC unroll 16
-            for (int o = 0; o < OB; o++) acc[r][o] = vfma(xv, wv[o], acc[r][o]);
+/* The dot products of a packed row with OB weight rows of n elements. */
+INLINE v4f dot(const float *x, const char *w, int64_t w_stride, int64_t n, bool half) {
+    const int64_t size = half ? 2 : 4;
+    vf acc[OB] = {{0}};
+    for (int64_t i = 0; i < n; i += GROUP) {
+        const char *p = w + i * size;
+        int64_t stride = w_stride;
+        char tail[OB][GROUP * 4];
+        if (n - i < GROUP) {
+            memset(tail, 0, sizeof tail);
+            for (int o = 0; o < OB; o++) memcpy(tail[o], p + o * w_stride, (n - i) * size);
+            p = tail[0], stride = sizeof tail[0];
         }
-        /* Read the weights again for the second half instead of keeping them: registers are the
-         * scarce resource here. */
-        __asm__ volatile("" ::: "memory");
+        for (int part = 0; part < 2; part++) {
+            const vf xv = vload(x + i + part * VL);
+            for (int o = 0; o < OB; o++)
+                acc[o] = vfma(xv, load_part(p + o * stride, half, part), acc[o]);
+        }
     }
+    return reduce4(acc[0], acc[1], acc[2], acc[3]);
 }
-
-/* out[r * out_stride + o] = the dot product of row r of the packed tile with weight row o < OB.
- * Weights `ahead` bytes after these are fetched meanwhile. */
-INLINE void dot_block(float *out, int64_t out_stride, const int rows, bool half, const float *x,
-                      const char *w, int64_t w_stride, int64_t n, int64_t ahead) {
-    const int64_t group_bytes = GROUP * (half ? 2 : 4), full = n / GROUP;
-    vf acc[RB][OB];
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 16
-        for (int o = 0; o < OB; o++) acc[r][o] = (vf){0};
-    for (int64_t g = 0; g < full; g++) {
-        const char *p = w + g * group_bytes;
-#pragma GCC unroll 16
-        for (int o = 0; o < OB; o++)
-            for (int64_t line = 0; line < group_bytes; line += 64)
-                __builtin_prefetch(p + ahead + o * w_stride + line, 0, 2);
-        dot_step(acc, rows, half, x + g * rows * GROUP, p, w_stride);
-    }
-    const int64_t rest = n - full * GROUP;
-    if (rest) {
-        char tail[OB][GROUP * 4] = {{0}};
-        for (int o = 0; o < OB; o++)
-            memcpy(tail[o], w + o * w_stride + full * group_bytes, rest * (half ? 2 : 4));
-        dot_step(acc, rows, half, x + full * rows * GROUP, tail[0], sizeof tail[0]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; r++) {
-        const v4f sums = reduce4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
-        memcpy(out + r * out_stride, &sums, sizeof sums);
-    }
-}
-
-/* Call CALL(n) with n = rows as a compile-time constant, 1 <= rows <= RB. */
-#define DISPATCH_ROWS(rows, CALL)            \
-    switch (rows) {                          \
-        case 1: CALL(1); break;              \
-        case 2: CALL(2); break;              \
-        case 3: if (RB >= 3) CALL(3); break; \
-        case 4: if (RB >= 4) CALL(4); break; \
-        case 5: if (RB >= 5) CALL(5); break; \
-        case 6: if (RB >= 6) CALL(6); break; \
-    }
-
-/* `rows` <= RB rows by OB weight rows. */
-#define DEFINE_DOT(NAME)                                                                     \
-    static void NAME(float *out, int64_t os, int rows, const float *x, const char *w,        \
-                     int64_t ws, int64_t n, int64_t ahead) {                                 \
-        DISPATCH_ROWS(rows, NAME##_block)                                                    \
-    }
-#define dot_bf16_block(R) dot_block(out, os, R, true, x, w, ws, n, ahead)
-#define dot_fp32_block(R) dot_block(out, os, R, false, x, w, ws, n, ahead)
-DEFINE_DOT(dot_bf16)
-DEFINE_DOT(dot_fp32)
 
 /* ---- weighted sums of rows ------------------------------------------------------------------- */
-
-#define VB 4 /* vectors of values that are mixed together */
 
 /* Rows of equal length: row i lies in block table[i / tokens] at i % tokens; without a table all of
  * them lie in one block. Strides in bytes. */
 typedef struct {
     const char *base;
     const int32_t *table;
-    int64_t block_stride, row_stride, tokens;
+    int64_t block_stride, row_stride;
+    uint32_t tokens; /* divisions by 64 bits would take as long as what is done with a block */
 } Rows;
 
 INLINE const char *row_at(const Rows *v, int64_t i) {
     if (!v->table) return v->base + i * v->row_stride;
-    return v->base + v->table[i / v->tokens] * v->block_stride + i % v->tokens * v->row_stride;
+    const uint32_t block = (uint32_t)i / v->tokens, at = (uint32_t)i % v->tokens;
+    return v->base + v->table[block] * v->block_stride + at * v->row_stride;
 }
+
+/* Where the block ends that row i lies in, but no more than `end`. */
+INLINE int64_t block_end(const Rows *v, int64_t i, int64_t end) {
+    return v->table ? min64(end, i + v->tokens - (uint32_t)i % v->tokens) : end;
+}
+
+/* Call CALL(n) with n = rows as a compile-time constant, 1 <= rows <= most <= 16. */
+#define DISPATCH_UP_TO(most, rows, CALL)          \
+    switch (rows) {                               \
+        case 1: CALL(1); break;                   \
+        case 2: if (most >= 2) CALL(2); break;    \
+        case 3: if (most >= 3) CALL(3); break;    \
+        case 4: if (most >= 4) CALL(4); break;    \
+        case 5: if (most >= 5) CALL(5); break;    \
+        case 6: if (most >= 6) CALL(6); break;    \
+        case 7: if (most >= 7) CALL(7); break;    \
+        case 8: if (most >= 8) CALL(8); break;    \
+        case 9: if (most >= 9) CALL(9); break;    \
+        case 10: if (most >= 10) CALL(10); break; \
+        case 11: if (most >= 11) CALL(11); break; \
+        case 12: if (most >= 12) CALL(12); break; \
+        case 13: if (most >= 13) CALL(13); break; \
+        case 14: if (most >= 14) CALL(14); break; \
+        case 15: if (most >= 15) CALL(15); break; \
+        case 16: if (most >= 16) CALL(16); break; \
+    }
 
 /* o[r, 0 : count * VL] += sum_j p[r][j - first] * v[j, from byte `at`], first <= j < end, in the
  * order of j. With count == VB whole groups in the order of load_part, with count == 1 the first
@@ -437,7 +373,7 @@ INLINE void mix_block(const int rows, const int count, bool half, float *o, int6
 #pragma GCC unroll 8
         for (int i = 0; i < count; i++) acc[r][i] = vload(o + r * o_stride + i * VL);
     for (int64_t j = first, stop; j < end; j = stop) {
-        stop = v->table ? min64(end, (j / v->tokens + 1) * v->tokens) : end;
+        stop = block_end(v, j, end);
         const char *vj = row_at(v, j) + at;
         for (int64_t w = j - first; w < stop - first; w++, vj += v->row_stride) {
             vf vv[VB];
@@ -463,7 +399,7 @@ INLINE void mix_block(const int rows, const int count, bool half, float *o, int6
 INLINE void mix_vector(int rows, bool half, float *o, int64_t o_stride, const float *const *p,
                        const Rows *v, int64_t first, int64_t end, int64_t at, int64_t n) {
 #define MIX_VECTOR(R) mix_block(R, 1, half, o, o_stride, p, v, first, end, at, n)
-    DISPATCH_ROWS(rows, MIX_VECTOR)
+    DISPATCH_UP_TO(RB, rows, MIX_VECTOR)
 }
 
 /* ---- linear --------------------------------------------------------------------------------- */
@@ -589,10 +525,10 @@ INLINE void pack_panel(float *panel, const Slice *s, bool half) {
         }
 }
 
-/* sums[r, o] += sum_i x[r, i] * (element i of weight row o), 0 <= o < VL, for so few rows that
+/* sums[r * stride + o] += sum_i x[r, i] * (element i of weight row o), o < VL, for so few rows that
  * their accumulators leave room to turn the weights round on the way. */
-INLINE void multiply_few_block(const int rows, float *sums, const float *x, const Slice *s,
-                               bool half) {
+INLINE void multiply_few_block(const int rows, float *sums, int64_t stride, const float *x,
+                               const Slice *s, bool half) {
     const int both = half ? 2 : 1;
     vf acc[FEW];
 #pragma GCC unroll 16
@@ -609,39 +545,18 @@ INLINE void multiply_few_block(const int rows, float *sums, const float *x, cons
     }
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++) {
-        const vf sum = vload(sums + r * PANEL) + acc[r];
-        memcpy(sums + r * PANEL, &sum, sizeof sum);
+        const vf sum = vload(sums + r * stride) + acc[r];
+        memcpy(sums + r * stride, &sum, sizeof sum);
     }
 }
 
-/* Call CALL(n) with n = rows as a compile-time constant, 1 <= rows <= most <= 16. */
-#define DISPATCH_UP_TO(most, rows, CALL)         \
-    switch (rows) {                              \
-        case 1: CALL(1); break;                  \
-        case 2: if (most >= 2) CALL(2); break;   \
-        case 3: if (most >= 3) CALL(3); break;   \
-        case 4: if (most >= 4) CALL(4); break;   \
-        case 5: if (most >= 5) CALL(5); break;   \
-        case 6: if (most >= 6) CALL(6); break;   \
-        case 7: if (most >= 7) CALL(7); break;   \
-        case 8: if (most >= 8) CALL(8); break;   \
-        case 9: if (most >= 9) CALL(9); break;   \
-        case 10: if (most >= 10) CALL(10); break; \
-        case 11: if (most >= 11) CALL(11); break; \
-        case 12: if (most >= 12) CALL(12); break; \
-        case 13: if (most >= 13) CALL(13); break; \
-        case 14: if (most >= 14) CALL(14); break; \
-        case 15: if (most >= 15) CALL(15); break; \
-        case 16: if (most >= 16) CALL(16); break; \
-    }
-
 /* `rows` <= FEW. */
 #define DEFINE_MULTIPLY_FEW(NAME)                                                             \
-    static void NAME(int rows, float *sums, const float *x, const Slice *s) {                 \
+    static void NAME(int rows, float *sums, int64_t stride, const float *x, const Slice *s) { \
         DISPATCH_UP_TO(FEW, rows, NAME##_block)                                               \
     }
-#define multiply_few_bf16_block(R) multiply_few_block(R, sums, x, s, true)
-#define multiply_few_fp32_block(R) multiply_few_block(R, sums, x, s, false)
+#define multiply_few_bf16_block(R) multiply_few_block(R, sums, stride, x, s, true)
+#define multiply_few_fp32_block(R) multiply_few_block(R, sums, stride, x, s, false)
 DEFINE_MULTIPLY_FEW(multiply_few_bf16)
 DEFINE_MULTIPLY_FEW(multiply_few_fp32)
 
@@ -748,8 +663,8 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
                 const Slice slice =
                     slice_of(part, a->w, a->in, origin + o, width, begin, end, first, half);
                 if (rows <= FEW) {
-                    (half ? multiply_few_bf16 : multiply_few_fp32)((int)rows, sums + o,
-                                                                   x + rows * first, &slice);
+                    (half ? multiply_few_bf16 : multiply_few_fp32)(
+                        (int)rows, sums + o, PANEL, x + rows * first, &slice);
                     continue;
                 }
                 pack_panel(panel, &slice, half);
@@ -860,7 +775,7 @@ INLINE void mix(int rows, bool half, int64_t head_dim, float *o, int64_t o_strid
     const int64_t size = half ? 2 : 4, middle = grouped(head_dim);
     for (int64_t d = 0; d < middle; d += VB * VL) {
 #define MIX_GROUPS(R) mix_block(R, VB, half, o + d, o_stride, p, v, first, end, d * size, VL)
-        DISPATCH_ROWS(rows, MIX_GROUPS)
+        DISPATCH_UP_TO(RB, rows, MIX_GROUPS)
     }
     for (int64_t d = middle; d < head_dim; d += VL)
         mix_vector(rows, half, o + d, o_stride, p, v, first, end, d * size,
@@ -877,8 +792,8 @@ static void mix_fp32(int rows, int64_t d, float *o, int64_t os, const float *con
     mix(rows, false, d, o, os, p, v, first, end);
 }
 
-/* A cache of blocks of `tokens` keys or values (a multiple of OB): index i of request b lies in
- * block table[b * most + i / tokens]. Strides in elements; the last dimension is dense. */
+/* A cache of blocks of `tokens` keys or values: index i of request b lies in block
+ * table[b * most + i / tokens]. Strides in elements; the last dimension is dense. */
 typedef struct {
     const int32_t *table;
     int64_t most, blocks, tokens, block_stride, head_stride, row_stride;
@@ -895,22 +810,113 @@ typedef struct {
     float scale;
 } Attention;
 
-/* seen[j], bit i: does row row[i] of request b see key j? Zero for OB keys after the last. */
-INLINE void mark_visible(const Attention *a, int64_t b, const int64_t *row, int rows,
-                         uint8_t *seen) {
+/* Which keys a row sees: bit i of word g stands for key g * VL + i. */
+typedef uint32_t Seen;
+#define ALL_SEEN (((Seen)1 << VL) - 1)
+
+INLINE bool sees(const Seen *seen, int64_t j) { return seen[j / VL] >> j % VL & 1; }
+
+/* The first key after j, which is before `end`, that differs from it; `end` if none does. */
+INLINE int64_t run_end(const Seen *seen, int64_t j, int64_t end) {
+    const Seen same = sees(seen, j) ? ALL_SEEN : 0;
+    for (; j < end; j = (j / VL + 1) * VL) {
+        const Seen other = (seen[j / VL] ^ same) >> j % VL;
+        if (other) return min64(end, j + __builtin_ctz(other));
+    }
+    return end;
+}
+
+INLINE void mark_visible(const Attention *a, int64_t b, int64_t row, Seen *seen) {
     const int64_t start = a->start[b], R = a->rows;
     const int64_t *positions = a->positions + b * R;
-    memset(seen, 0, start + R + OB);
-    for (int i = 0; i < rows; i++) {
-        const uint8_t bit = (uint8_t)(1u << i), *visible = a->visible + (b * R + row[i]) * R;
-        const int64_t first = a->window ? max64(0, positions[row[i]] - a->window + 1) : 0;
-        for (int64_t j = first; j < start; j++) seen[j] |= bit;
-        for (int64_t c = 0; c < R; c++)
-            if (!a->window || positions[c] >= first) seen[start + c] |= visible[c] ? bit : 0;
+    const uint8_t *visible = a->visible + (b * R + row) * R;
+    const int64_t first = a->window ? max64(0, positions[row] - a->window + 1) : 0;
+    memset(seen, 0, (size_t)ceil_div(start + R, VL) * sizeof *seen);
+    for (int64_t j = first, end; j < start; j = end) {
+        end = min64(start, (j / VL + 1) * VL);
+        seen[j / VL] |= (ALL_SEEN >> (VL - (end - j))) << j % VL;
+    }
+    for (int64_t c = 0; c < R; c += 8) {
+        uint64_t bytes = 0;
+        memcpy(&bytes, visible + c, (size_t)min64(8, R - c));
+        uint64_t bits = bytes * 0x0102040810204080u >> 56; /* little endian */
+        for (int64_t i = 0; a->window && i < min64(8, R - c); i++)
+            if (positions[c + i] < first) bits &= ~((uint64_t)1 << i);
+        bits <<= (start + c) % VL;
+        for (int64_t g = (start + c) / VL; bits; bits >>= VL) seen[g++] |= bits & ALL_SEEN;
     }
 }
 
-/* One tile: up to RB of the rows * group query rows that share a KV head.
+/* Elements `first` and after of the keys of group g, of which `keys` there are in all. */
+INLINE Slice slice_of_keys(Part part, const Attention *a, const Rows *k, int64_t g, int64_t keys,
+                           int64_t first, bool half) {
+    const int64_t size = half ? 2 : 4, n = min64(SLICE, a->head_dim - first), j = g * VL;
+    const int64_t next = j + VL < keys ? row_at(k, j + VL) - row_at(k, j) : 0;
+    if (k->tokens % VL == 0 && n * size % 16 == 0) /* may read dead keys after the last one */
+        return (Slice){row_at(k, j) + first * size, k->row_stride, n, next};
+    memset(part, 0, VL * sizeof part[0]);
+    for (int64_t i = 0; i < min64(VL, keys - j); i++)
+        memcpy(part[i], row_at(k, j + i) + first * size, (size_t)(n * size));
+    return (Slice){part[0], sizeof part[0], n, 0};
+}
+
+/* s[i, 0 .. count[i]) = the scores of the keys that row i sees, in their order. */
+INLINE void score_keys(const Attention *a, int rows, const float *q, const Rows *k, int64_t keys,
+                       const Seen *seen, int64_t groups, float *s, int64_t ss, int64_t *count,
+                       bool half) {
+    Part part;
+    bool even = true; /* all rows have seen the same number of keys so far */
+    memset(s, 0, rows * ss * sizeof *s);
+    for (int64_t g = 0; g < groups; g++) {
+        Seen any = 0, every = ALL_SEEN;
+        for (int i = 0; i < rows; i++) any |= seen[i * groups + g], every &= seen[i * groups + g];
+        if (!any) continue;
+        /* Straight to their places if all rows see the keys and have seen as many. */
+        const bool direct = even && every == ALL_SEEN;
+        float scores[FEW * VL] = {0}, *to = direct ? s + count[0] : scores;
+        for (int64_t first = 0; first < a->head_dim; first += SLICE) {
+            const Slice slice = slice_of_keys(part, a, k, g, keys, first, half);
+            (half ? multiply_few_bf16 : multiply_few_fp32)(rows, to, direct ? ss : VL,
+                                                           q + rows * first, &slice);
+        }
+        for (int i = 0; i < rows; i++) {
+            if (direct) {
+                count[i] += VL;
+                continue;
+            }
+            for (Seen left = seen[i * groups + g]; left; left &= left - 1)
+                s[i * ss + count[i]++] = scores[i * VL + __builtin_ctz(left)];
+            even = i ? even && count[i] == count[0] : true;
+        }
+    }
+}
+
+/* o[i] = the sum of the values that row i sees, weighted by p[i], for up to RB rows. A run of keys
+ * that all see is mixed as one, others row by row; `every` has room for its word of each group. */
+INLINE void mix_values(int rows, int64_t D, float *o, int64_t os, const float **p, const Rows *v,
+                       const Seen *seen, int64_t groups, int64_t keys, Seen *every, bool half) {
+    for (int64_t g = 0; g < groups; g++) {
+        every[g] = ALL_SEEN;
+        for (int i = 0; i < rows; i++) every[g] &= seen[i * groups + g];
+    }
+    for (int64_t j = 0, end; j < keys; j = end) {
+        end = run_end(every, j, keys);
+        if (sees(every, j)) {
+            (half ? mix_bf16 : mix_fp32)(rows, D, o, os, p, v, j, end);
+            for (int i = 0; i < rows; i++) p[i] += end - j;
+            continue;
+        }
+        for (int i = 0; i < rows; i++)
+            for (int64_t first = j, last; first < end; first = last) {
+                last = run_end(seen + i * groups, first, end);
+                if (!sees(seen + i * groups, first)) continue;
+                (half ? mix_bf16 : mix_fp32)(1, D, o + i * os, os, p + i, v, first, last);
+                p[i] += last - first;
+            }
+    }
+}
+
+/* One tile: up to FEW of the rows * group query rows that share a KV head.
  *
  * A row's scores are stored without gaps, so that its sums run over the keys it sees, in order,
  * and do not depend on what lies between them. */
@@ -919,86 +925,47 @@ INLINE void attention_task(const Attention *a, int64_t index, bool half) {
     const int64_t b = index / a->tiles / a->kv_heads, head = index / a->tiles % a->kv_heads;
     const int64_t m0 = index % a->tiles * a->tile;
     const int rows = (int)min64(a->tile, a->rows * a->group - m0);
-    const int64_t keys = a->start[b] + a->rows;
-    const int32_t *table = a->pages.table + b * a->pages.most;
-    const int64_t T = a->pages.tokens, stride = a->pages.row_stride * size;
-    const int64_t block_stride = a->pages.block_stride * size;
-    const char *k = a->k + head * a->pages.head_stride * size;
-    const Rows values = {a->v + head * a->pages.head_stride * size, table, block_stride, stride, T};
+    const int64_t keys = a->start[b] + a->rows, groups = ceil_div(keys, VL);
+    const Pages *pages = &a->pages;
+    const Rows k = {a->k + head * pages->head_stride * size, pages->table + b * pages->most,
+                    pages->block_stride * size, pages->row_stride * size,
+                    (uint32_t)pages->tokens};
+    Rows v = k;
+    v.base = a->v + head * pages->head_stride * size;
 
-    const int64_t qs = padded(D), ss = ceil_div(keys + OB, VL) * VL + VL;
-    float *q = scratch(rows * (2 * qs + ss) * sizeof(float) + keys + OB);
-    float *o = q + rows * qs, *s = o + rows * qs;
-    uint8_t *seen = (uint8_t *)(s + rows * ss);
-    int64_t row[RB], count[RB] = {0};
+    const int64_t qs = ceil_div(D, SLICE) * SLICE, os = padded(D), ss = groups * VL + VL;
+    float *q = scratch(rows * (qs + os + ss) * sizeof(float) + (rows + 1) * groups * sizeof(Seen));
+    float *o = q + rows * qs, *s = o + rows * os;
+    Seen *seen = (Seen *)(s + rows * ss), *every = seen + rows * groups;
+    int64_t row[FEW], count[FEW] = {0};
     for (int i = 0; i < rows; i++) {
         row[i] = (m0 + i) / a->group;
         const int64_t offset = b * a->q_batch + row[i] * a->q_row +
                                (head * a->group + (m0 + i) % a->group) * a->q_head;
-        pack_row(q, rows, i, a->q + offset * size, half, D);
+        pack_slices(q, rows, i, a->q + offset * size, half, D);
+        if (i && row[i] == row[i - 1])
+            memcpy(seen + i * groups, seen + (i - 1) * groups, (size_t)groups * sizeof *seen);
+        else
+            mark_visible(a, b, row[i], seen + i * groups);
     }
-    memset(o, 0, rows * qs * sizeof(float));
-    mark_visible(a, b, row, rows, seen);
-    const uint8_t all = (uint8_t)((1u << rows) - 1);
-    bool even = true; /* all rows have seen the same number of keys so far */
+    score_keys(a, rows, q, &k, keys, seen, groups, s, ss, count, half);
 
-    for (int64_t page = 0, first = 0; first < keys; page++, first += T) {
-        const int64_t end = min64(keys, first + T);
-        const char *block = k + table[page] * block_stride;
-        const char *next = end < keys ? k + table[page + 1] * block_stride : block;
-        for (int64_t j = first; j < end; j += OB) { /* may read dead keys after the last one */
-            uint32_t any;
-            memcpy(&any, seen + j, sizeof any);
-            if (!any) continue;
-            const char *at = block + (j - first) * stride;
-            const int64_t ahead = j + 2 * OB < first + T
-                                      ? 2 * OB * stride
-                                      : next - block + (2 * OB - T) * stride;
-            /* Straight to their places if all rows see the keys and have seen as many. */
-            const bool direct = even && any == all * 0x01010101u;
-            float scores[RB * OB];
-            (half ? dot_bf16 : dot_fp32)(direct ? s + count[0] : scores, direct ? ss : OB, rows, q,
-                                         at, stride, D, ahead);
-            if (direct) {
-                for (int i = 0; i < rows; i++) count[i] += OB;
-                continue;
-            }
-            for (int64_t c = 0; c < OB; c++)
-                for (int i = 0; i < rows; i++)
-                    if (seen[j + c] >> i & 1) s[i * ss + count[i]++] = scores[i * OB + c];
-            even = true;
-            for (int i = 1; i < rows; i++) even &= count[i] == count[0];
-        }
-    }
-
-    float scale[RB];
-    const float *p[RB];
+    float scale[FEW];
+    const float *p[FEW];
     for (int i = 0; i < rows; i++) {
         scale[i] = softmax(s + i * ss, count[i], a->scale);
         p[i] = s + i * ss;
     }
-
-    /* A run of keys that all rows see is mixed as one; other keys row by row. */
-    for (int64_t j = 0, end; j < keys; j = end) {
-        for (end = j; end < keys && seen[end] == all; end++) continue;
-        if (end > j) {
-            (half ? mix_bf16 : mix_fp32)(rows, D, o, qs, p, &values, j, end);
-            for (int i = 0; i < rows; i++) p[i] += end - j;
-            continue;
-        }
-        end = j + 1;
-        for (int i = 0; i < rows; i++)
-            if (seen[j] >> i & 1) {
-                (half ? mix_bf16 : mix_fp32)(1, D, o + i * qs, qs, p + i, &values, j, end);
-                p[i]++;
-            }
-    }
+    memset(o, 0, rows * os * sizeof(float));
+    for (int i = 0; i < rows; i += RB)
+        mix_values((int)min64(RB, rows - i), D, o + i * os, os, p + i, &v, seen + i * groups,
+                   groups, keys, every, half);
 
     const int64_t heads = a->kv_heads * a->group;
     for (int i = 0; i < rows; i++) {
         const int64_t h = head * a->group + (m0 + i) % a->group;
         char *out = a->out + ((b * a->rows + row[i]) * heads + h) * D * size;
-        const float *oi = o + i * qs;
+        const float *oi = o + i * os;
         for (int64_t d = 0; d < grouped(D); d += GROUP)
             store_group(out + d * size, half, vload(oi + d) * scale[i],
                         vload(oi + d + VL) * scale[i]);
@@ -1017,7 +984,8 @@ static void attention(Attention *a, int64_t batch, bool half, int64_t threads) {
                              keys * a->rows * a->kv_heads * a->group * a->head_dim * 2 / VL);
     /* Few rows: smaller tiles, so that there is work for every thread. */
     const int64_t all_rows = batch * a->kv_heads * a->rows * a->group;
-    a->tile = max64(1, min64(RB, ceil_div(all_rows, 4 * threads)));
+    a->tile = max64(1, min64(FEW, ceil_div(all_rows, 4 * threads)));
+    if (a->tile > a->group) a->tile -= a->tile % a->group; /* whole rows see the same keys */
     a->tiles = ceil_div(a->rows * a->group, a->tile);
     parallel_for(half ? attention_task_bf16 : attention_task_fp32, a,
                  batch * a->kv_heads * a->tiles, threads);
@@ -1428,15 +1396,13 @@ INLINE void score_task(const Score *a, int64_t index, bool half) {
     const int64_t end = min64(a->k, begin + SCORED), *ids = a->ids + row * a->k;
     float *x = scratch(padded(a->in) * sizeof(float) + SCORED * width);
     char *w = (char *)(x + padded(a->in));
-    pack_row(x, 1, 0, a->x + row * width, half, a->in);
+    pack_row(x, a->x + row * width, half, a->in);
     for (int64_t i = begin; i < end; i++)
         memcpy(w + (i - begin) * width, a->w + ids[i] * width, (size_t)width);
     for (int64_t i = begin, n; i < end; i += n) {
         n = end - i < OB ? 1 : OB;
-        v4f sums;
-        (half ? dot_bf16 : dot_fp32)((float *)&sums, OB, 1, x, w + (i - begin) * width,
-                                     n == OB ? width : 0, a->in, 0);
-        store4((char *)(a->y + row * a->k + i), false, n, sums);
+        const v4f sums = dot(x, w + (i - begin) * width, n == OB ? width : 0, a->in, half);
+        memcpy(a->y + row * a->k + i, &sums, (size_t)n * sizeof(float));
     }
 }
 

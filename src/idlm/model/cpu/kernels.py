@@ -115,15 +115,12 @@ class Pages(ctypes.Structure):
         """The pages of one layer's keys or values; ``table`` has to outlive them.
 
         Raises:
-            ValueError: the table is not dense int32, or rows are not dense or not in fours.
+            ValueError: the table is not dense int32, or rows are not dense.
         """
         blocks, _, tokens, _ = cache_NKTD.shape
         block, head, row, step = cache_NKTD.stride()
-        if step != 1 or tokens % 4:
-            raise ValueError(
-                "A paged cache needs dense rows, and blocks of a multiple of 4 tokens; got "
-                f"{_describe(cache_NKTD)}."
-            )
+        if step != 1:
+            raise ValueError(f"A paged cache needs dense rows; got {_describe(cache_NKTD)}.")
         return cls(
             address(table_BP, torch.int32), table_BP.shape[1], blocks, tokens, block, head, row
         )
@@ -318,7 +315,7 @@ def attention(
 
     Args:
         q_BRQD: queries, bf16 or fp32; Q query heads share K KV heads, K divides Q.
-        k_NKTD, v_NKTD: blocks of T tokens (a multiple of 4), of the same dtype and equal strides.
+        k_NKTD, v_NKTD: blocks of T tokens, of the same dtype and equal strides.
         table_BP: index ``i`` of request ``b`` lies in block ``table[b, i // T]`` at ``i % T``;
             int32. Index ``i < start_b`` holds the token at position ``i``; index ``start_b + c``
             holds in-flight row ``c``.
