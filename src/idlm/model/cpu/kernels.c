@@ -605,28 +605,45 @@ INLINE void pack_slices(float *tile, int64_t rows, int64_t r, const char *src, b
     }
 }
 
+/* Add z[rows, n] @ up[outputs, n] of the outputs begin .. end - 1 to the sums of a panel. */
+INLINE void add_up(const Linear *a, float *sums, const float *z, int64_t rows, Part spare,
+                   int64_t origin, int64_t begin, int64_t end, int64_t first, bool half) {
+    for (int64_t o = origin; o < end; o += VL) {
+        if (begin >= o + VL) continue;
+        const Slice up = slice_of(spare, a->up, a->rank, o, VL, begin, end, first, half);
+        (half ? multiply_few_bf16 : multiply_few_fp32)((int)rows, sums + o - origin, PANEL, z, &up);
+    }
+}
+
 /* Add the low-rank update to the sums [rows, PANEL] of outputs `origin` and after. */
 INLINE void add_low_rank(const Linear *a, float *sums, float *panel, Part spare, int64_t row0,
                          int64_t rows, int64_t origin, bool half) {
     const int64_t clean = a->inner - a->masks, stop = min64(a->out, origin + PANEL);
     for (int64_t part = 0, begin = 0; begin < stop; begin = a->part_end[part++]) {
-        if (a->part_end[part] <= origin) continue;
+        const int64_t end = min64(stop, a->part_end[part]);
+        if (end <= origin) continue;
         for (int64_t first = 0; first < a->rank; first += SLICE) {
-            const Slice up = slice_of(spare, a->up, a->rank, origin, PANEL, begin,
-                                      min64(stop, a->part_end[part]), first, half);
-            pack_panel(panel, &up, half);
+            const int64_t width = min64(SLICE, a->rank - first);
+            if (rows > FEW) {
+                const Slice up = slice_of(spare, a->up, a->rank, origin, PANEL, begin, end, first,
+                                          half);
+                pack_panel(panel, &up, half);
+            }
+            float x[TILE * SLICE];
             for (int64_t r = 0, n; r < rows; r += n) {
                 const int64_t b = (row0 + r) / a->inner, i = (row0 + r) % a->inner;
                 if (i < clean) {
                     n = clean - i;
                     continue;
                 }
-                n = min64(min64(rows - r, a->inner - i), TILE);
+                n = min64(min64(rows - r, a->inner - i), min64(TILE, FEW));
                 const float *z = a->z + (b * a->masks + i - clean) * a->z_row + part * a->rank;
-                float x[TILE * SLICE];
                 for (int64_t j = 0; j < n; j++)
-                    memcpy(x + j * SLICE, z + j * a->z_row + first, (size_t)up.n * sizeof *x);
-                multiply((int)n, sums + r * PANEL, x, panel, up.n);
+                    pack_slices(x, n, j, (const char *)(z + j * a->z_row + first), false, width);
+                if (rows > FEW)
+                    multiply((int)n, sums + r * PANEL, x, panel, width);
+                else
+                    add_up(a, sums + r * PANEL, x, n, spare, origin, begin, end, first, half);
             }
         }
     }
@@ -658,7 +675,7 @@ INLINE void linear_task(const Linear *a, int64_t index, bool half) {
     Part part;
     for (int64_t origin = begin; origin < end; origin += PANEL) {
         memset(sums, 0, rows * PANEL * sizeof(float));
-        for (int64_t o = 0; o < PANEL; o += width)
+        for (int64_t o = 0; o < min64(PANEL, end - origin); o += width)
             for (int64_t first = 0; first < a->in; first += SLICE) {
                 const Slice slice =
                     slice_of(part, a->w, a->in, origin + o, width, begin, end, first, half);
