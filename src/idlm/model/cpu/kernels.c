@@ -39,11 +39,11 @@
 #else
 #define VL 4
 #endif
-#define GROUP (2 * VL) /* elements of a weight row that one step of the inner loop consumes */
+#define GROUP (2 * VL) /* elements that load_part takes in two parts */
 /* Register blocks: as many accumulators as fit beside their operands. Products take TILE rows by
  * PANEL outputs, or FEW rows by VL, lanes being outputs; weighted sums take RB rows by VB vectors. */
 #define OB 4 /* outputs of a dot product */
-#define VB 4
+#define VB 4 /* vectors of values that are mixed together */
 #if VL == 16
 #define RB 6
 #define TILE 9
