@@ -267,7 +267,7 @@ def _conclude(
     N = R - num_masks
     # The output layer is read once for all rows where that is cheaper than reading it again for
     # the one block that is used.
-    at_once = num_masks == M or B * R <= ONE_PASS_ROWS[hidden_BRH.device.type]
+    at_once = num_masks == M or ONE_PASS_ROWS[hidden_BRH.device.type] >= B * R
     logits_BRV = logits(method, hidden_BRH if at_once else hidden_BRH[:, :N])
     logits_BNV = logits_BRV[:, :N]
     verdict = verify(method.rule, logits_BNV, drafts, state.length_B + 1, sampling)
