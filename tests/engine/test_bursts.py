@@ -276,5 +276,5 @@ def test_a_policy_hears_of_every_forward(llm: LLM, model: Any, launches: list[in
     policy.saw = counted  # type: ignore[method-assign]
     requests = [engine.add([5 + i, 6], params_of(i, 60)) for i in range(3)]
     steps = run(engine)
-    assert sum(engine.stats.plans.values()) == len(launches) > steps
+    assert engine.stats.forwards == sum(engine.stats.plans.values()) == len(launches) > steps
     assert seen >= sum(request.stats.forwards for request in requests)
