@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
+from idlm.decoding import propose
 from idlm.decoding.cycle import Method, Outcome, State, decode, prefill
 from idlm.decoding.layout import Layout
 from idlm.decoding.params import SamplingParams
@@ -35,6 +36,7 @@ def kernels(wanted: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_head, "usable", lambda device: wanted)
         patch.setattr(cpu_kernels, "usable", lambda tensor: False)
+        patch.setattr(propose, "MARGIN", 3.0)  # so that some of a small vocabulary lie below
         yield
 
 

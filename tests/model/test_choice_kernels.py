@@ -50,7 +50,22 @@ def test_the_best_of_each_group(V: int, k: int, dtype: torch.dtype) -> None:
     groups = padded.unflatten(-1, (depth, k))
     first = (groups == groups.amax(-2, keepdim=True)).int().argmax(-2)
     expected = first * k + torch.arange(k)
-    assert torch.equal(best_of_groups(logits_BRV, k).cpu(), expected)
+    top = groups.amax(-2)
+    near = top >= top.amax(-1, keepdim=True) - 6
+    ids_BRK, near_BR = (x.cpu() for x in best_of_groups(logits_BRV, k, 6.0))
+    assert torch.equal(near_BR, near.sum(-1).int())
+    order = (~near).to(torch.uint8).argsort(dim=-1, stable=True)
+    assert torch.equal(ids_BRK, expected.gather(-1, order))
+
+
+def test_the_best_of_nothing_finite_can_be_used() -> None:
+    logits_BRV = torch.full((3, 1, 100), torch.nan, device=DEVICE)
+    logits_BRV[1] = -torch.inf
+    logits_BRV[2, 0, 40] = torch.inf
+    ids_BRK, near_BR = best_of_groups(logits_BRV, 48, 6.0)
+    assert near_BR.flatten().tolist() == [48, 48, 1]
+    assert bool(((ids_BRK >= 0) & (ids_BRK < 100)).all())
+    assert int(ids_BRK[2, 0, 0]) == 40
 
 
 def check_drafts(B: int, M: int, K: int, H: int, V: int, dtype: torch.dtype, times: int) -> None:
@@ -69,6 +84,9 @@ def check_drafts(B: int, M: int, K: int, H: int, V: int, dtype: torch.dtype, tim
     summed_BMH = (hidden_BMH + state_BH[:, None]).float()
     logits_BMV = summed_BMH.double() @ weight_VH.double().T
     logits_BMK = logits_BMV.gather(2, ids_BMK)
+    near_BM = torch.randint(1, K + 1, (B, M), generator=maker).to(DEVICE)
+    near_BM[0], near_BM[1:2] = K, 1
+    logits_BMK[torch.arange(K, device=DEVICE) >= near_BM[..., None]] = -torch.inf
     q_BMK = (logits_BMK / 0.8).softmax(-1).float()
     best_BMK = logits_BMK == logits_BMK.amax(-1, keepdim=True)
     q_BMK = torch.where(greedy_B[:, None, None], best_BMK.float(), q_BMK)
@@ -77,13 +95,14 @@ def check_drafts(B: int, M: int, K: int, H: int, V: int, dtype: torch.dtype, tim
         for given in (None, draw):
             token_BH, _, finished_MB = begin_chain(seed_B, embedding_VH, norm_H, 1e-5, M)
             tokens_BM = torch.full((B, M), -1, device=DEVICE)
-            probs_BMK = None if given is None else torch.empty(B, M, K, device=DEVICE)
+            probs_BMK = None if given is None else torch.full((B, M, K), -1.0, device=DEVICE)
             for place in range(M):
                 token_BH = draft(
                     hidden_BMH,
                     state_BH,
                     weight_VH,
                     ids_BMK,
+                    near_BM.int(),
                     embedding_VH,
                     norm_H,
                     1e-5,
@@ -100,7 +119,7 @@ def check_drafts(B: int, M: int, K: int, H: int, V: int, dtype: torch.dtype, tim
             at_BMK = ids_BMK == tokens_BM[..., None]
             assert bool((at_BMK.sum(-1) == 1).all())
             if probs_BMK is None:
-                chosen_BM = (logits_BMK * at_BMK).sum(-1)
+                chosen_BM = logits_BMK.where(at_BMK, 0.0).sum(-1)
                 torch.testing.assert_close(chosen_BM, logits_BMK.amax(-1), atol=1e-4, rtol=1e-4)
             else:
                 torch.testing.assert_close(probs_BMK, q_BMK, atol=1e-4, rtol=1e-3)
@@ -111,6 +130,8 @@ def check_drafts(B: int, M: int, K: int, H: int, V: int, dtype: torch.dtype, tim
 
 def test_drafts() -> None:
     check_drafts(B=4, M=2, K=37, H=48, V=90, dtype=torch.float32, times=1)
+    # More candidates than the programs of a launch take at once, and than whose noise is made.
+    check_drafts(B=2, M=1, K=300, H=48, V=400, dtype=torch.float32, times=1)
 
 
 @pytest.mark.gpu

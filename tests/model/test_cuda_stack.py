@@ -115,9 +115,12 @@ def test_head() -> None:
 @given(vocab_size=st.integers(9, 100), groups=st.integers(1, 9), seed=st.integers(0, 99))
 def test_candidates(vocab_size: int, groups: int, seed: int) -> None:
     logits_BV = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(seed))
-    ids_BK = cuda_head.best_of_groups(logits_BV[:, None].to(DEVICE), groups)[:, 0].cpu()
+    ids_B1K, near_B1 = cuda_head.best_of_groups(logits_BV[:, None].to(DEVICE), groups, 1.0)
+    ids_BK = ids_B1K[:, 0].cpu()
     assert (ids_BK == logits_BV.argmax(-1, keepdim=True)).any(-1).all()
     for ids, logits_V in zip(ids_BK.tolist(), logits_BV, strict=True):
         assert len(set(ids)) == groups and max(ids) < vocab_size
         for token in ids:
             assert logits_V[token] == logits_V[token % groups :: groups].max()
+    near_BK = logits_BV.gather(1, ids_BK) >= logits_BV.amax(-1, keepdim=True) - 1.0
+    assert torch.equal(near_BK, torch.arange(groups) < near_B1.cpu())

@@ -14,6 +14,8 @@ from idlm.model.cuda import head as cuda_head
 from idlm.model.decoder import Decoder
 
 CANDIDATES = 1024
+# A logit further below the highest makes no candidate: the sampler head hardly ever lifts it above.
+MARGIN = 10.0
 
 
 def propose(
@@ -43,19 +45,21 @@ def propose(
         count_B: how many of the drafts will count, int64.
         coupled: draw with the noise that verification will use (the coupled rule).
     """
-    ids_BMK = likeliest(logits_BMV, num_candidates(logits_BMV.device, logits_BMV.shape[-1]))
+    num_ids = num_candidates(logits_BMV.device, logits_BMV.shape[-1])
+    ids_BMK, near_BM = likeliest(logits_BMV, num_ids)
     head = None if adapter is None else adapter.head
     stream = Stream.TOKEN if coupled else Stream.DRAFT
     if head is not None and sampling.plain:
         # Ranks that share out the vocabulary (inside SGLang) score each place together.
         whole = len(decoder.output_weight) >= logits_BMV.shape[-1]
         if sampling.all_greedy and whole and cpu_kernels.usable(hidden_BMH):
-            tokens_BM = greedy_chain(decoder, head, hidden_BMH, ids_BMK, first_B)
+            some_BMK = _only(ids_BMK, near_BM)
+            tokens_BM = greedy_chain(decoder, head, hidden_BMH, some_BMK, first_B)
             return Drafts.certain(tokens_BM, count_B)
         if cuda_head.takes_chain(decoder, hidden_BMH, logits_BMV.shape[-1]):
             draw = sampling.draw(position_B, stream)
             tokens_BM, probs_BMK = cuda_head.chain(
-                decoder, head, hidden_BMH, ids_BMK, first_B, draw
+                decoder, head, hidden_BMH, ids_BMK, near_BM, first_B, draw
             )
             if probs_BMK is None:
                 return Drafts.certain(tokens_BM, count_B)
@@ -63,6 +67,7 @@ def propose(
     if head is not None:
         projected_BMW = head.project(hidden_BMH)
         state_BH = torch.zeros_like(hidden_BMH[:, 0])
+    far_BMK = torch.arange(num_ids, device=near_BM.device) >= near_BM[..., None]
     previous_B = first_B
     tokens: list[torch.Tensor] = []
     probs: list[torch.Tensor] = []
@@ -73,6 +78,7 @@ def propose(
         else:
             state_BH = head.step(projected_BMW[:, j], decoder.embed(previous_B), state_BH)
             logits_B1K = decoder.logits_at(hidden_BMH[:, j] + state_BH, ids_B1K[:, 0])[:, None]
+        logits_B1K = logits_B1K.masked_fill(far_BMK[:, j : j + 1], -torch.inf)
         drafts_B1E = (
             torch.stack(tokens, dim=1)[:, None] if tokens else first_B[:, None, None][..., :0]
         )
@@ -96,14 +102,29 @@ def num_candidates(device: torch.device, vocab_size: int) -> int:
     return min(2 * CANDIDATES if cuda_head.usable(device) else CANDIDATES, vocab_size)
 
 
-def likeliest(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Ids ``[..., k]`` of likely tokens, in any order.
+def likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids ``[..., k]`` of likely tokens, int64, and how many of them are candidates, ``[...]``.
 
-    On the CPU they are the ``k`` likeliest (fp32 logits are compared to bf16 precision only); on
-    CUDA, one of them may give way to a less likely one (`best_of_groups`), the likeliest never.
+    Candidates are those within `MARGIN` of the likeliest; they come first, in any order. On the
+    CPU the ids are the ``k`` likeliest (fp32 logits are compared to bf16 precision only); on CUDA,
+    one of them may give way to a less likely one (`best_of_groups`), the likeliest never.
     """
     if cuda_head.takes(logits, logits):
-        return cuda_head.best_of_groups(logits, k)
+        return cuda_head.best_of_groups(logits, k, MARGIN)
     if cpu_kernels.usable(logits):
-        return cpu_kernels.top(logits, k)
-    return logits.topk(k, dim=-1).indices
+        ids = cpu_kernels.top(logits, k)
+    else:
+        ids = logits.topk(k, dim=-1).indices
+    top = logits.gather(-1, ids).float()
+    near = ~(top < top.amax(-1, keepdim=True) - MARGIN)  # of NaNs all
+    ahead = near.cumsum(-1)
+    count = ahead[..., -1:]
+    place = torch.where(near, ahead - 1, count + torch.arange(k, device=ids.device) - ahead)
+    return torch.empty_like(ids).scatter_(-1, place, ids), count.squeeze(-1)
+
+
+def _only(ids_BMK: torch.Tensor, near_BM: torch.Tensor) -> torch.Tensor:
+    """The candidates, filled up by the first of them."""
+    most = int(near_BM.max())
+    far_BMK = torch.arange(most, device=ids_BMK.device) >= near_BM[..., None]
+    return torch.where(far_BMK, ids_BMK[..., :1], ids_BMK[..., :most])

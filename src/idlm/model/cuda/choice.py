@@ -12,10 +12,10 @@ import triton.language as tl
 from idlm.model.cuda.noise import exponential, key_of
 from idlm.model.cuda.noise import uniform as open_uniform
 
-# Tokens of a program that looks for the likeliest; groups and depth of one that takes the best of
-# each group.
+# Tokens of a program that looks for the likeliest. Of one that takes the best of each group: tokens
+# of a group that are under way at once, and warps.
 CHUNK = 2048
-GROUPS, DEPTH = 64, 16
+DEPTH, WARPS = 8, 16
 
 
 def argmax(logits_BRV: torch.Tensor) -> torch.Tensor:
@@ -72,25 +72,32 @@ def uniform(seed_B: torch.Tensor, position_BR: torch.Tensor, stream: int) -> tor
     return u_BR
 
 
-def best_of_groups(logits_BRV: torch.Tensor, k: int) -> torch.Tensor:
+def best_of_groups(
+    logits_BRV: torch.Tensor, k: int, margin: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids ``[B, R, k]``, int64: the likeliest token of each of ``k`` groups (at most ``V``).
 
-    Group ``g`` has the tokens ``g``, ``g + k``, ``g + 2 k`` and so on.
+    Group ``g`` has the tokens ``g``, ``g + k``, ``g + 2 k`` and so on. Those whose logits lie no
+    more than ``margin`` below the highest come first; how many they are is the second result,
+    ``[B, R]``, int32.
     """
     B, R, V = logits_BRV.shape
     ids_BRK = torch.empty((B, R, k), dtype=torch.int64, device=logits_BRV.device)
-    _best_of_groups[(B * R, triton.cdiv(k, GROUPS))](
+    near_BR = torch.empty((B, R), dtype=torch.int32, device=logits_BRV.device)
+    _best_of_groups[(B * R,)](
         logits_BRV,
         ids_BRK,
+        near_BR,
         *logits_BRV.stride()[:2],
         R,
+        margin,
         V=V,
         K=k,
-        GROUPS=GROUPS,
+        GROUPS=triton.next_power_of_2(k),
         DEPTH=DEPTH,
-        num_warps=4,
+        num_warps=WARPS,
     )
-    return ids_BRK
+    return ids_BRK, near_BR
 
 
 def _of_chunks(
@@ -235,25 +242,33 @@ def _best(  # type: ignore[no-untyped-def]
 def _best_of_groups(  # type: ignore[no-untyped-def]
     logits_ptr,
     ids_ptr,
+    near_ptr,
     stride_b,
     stride_r,
     R,
+    margin,
     V: tl.constexpr,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Some groups of one row."""
+    """All groups of one row, those with a likely token first."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + (row // R).to(tl.int64) * stride_b + (row % R) * stride_r
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    group = tl.arange(0, GROUPS)
+    real = group < K
     top = tl.full([GROUPS], float("-inf"), tl.float32)
-    token = tl.minimum(group, V - 1)
+    best_token = group
     for first in tl.range(0, V, DEPTH * K):
-        tokens = first + tl.arange(0, DEPTH)[:, None] * K + group[None, :]
-        real = (tokens < V) & (group < K)[None, :]
-        value = tl.load(row_ptr + tokens, mask=real, other=float("-inf")).to(tl.float32)
-        best, index = first_best(value, tokens, V - 1, 0)
-        token = tl.where(best > top, index, token)
-        top = tl.maximum(top, best)
-    tl.store(ids_ptr + row.to(tl.int64) * K + group, token.to(tl.int64), mask=group < K)
+        for depth in tl.static_range(DEPTH):
+            token = first + depth * K + group
+            value = tl.load(row_ptr + token, mask=real & (token < V), other=float("-inf"))
+            better = value.to(tl.float32) > top
+            best_token = tl.where(better, token, best_token)
+            top = tl.where(better, value.to(tl.float32), top)
+    near = real & (top >= tl.max(top, 0) - margin)
+    ahead = tl.cumsum(near.to(tl.int32), 0)
+    count = tl.sum(near.to(tl.int32), 0)
+    place = tl.where(near, ahead - 1, count + group - ahead)
+    tl.store(ids_ptr + row.to(tl.int64) * K + place, best_token.to(tl.int64), mask=real)
+    tl.store(near_ptr + row, count)

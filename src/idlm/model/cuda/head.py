@@ -89,6 +89,7 @@ def chain(
     head: SamplerHead,
     hidden_BMH: torch.Tensor,
     ids_BMK: torch.Tensor,
+    near_BM: torch.Tensor,
     first_B: torch.Tensor,
     draw: Draw | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -96,7 +97,7 @@ def chain(
 
     Args:
         hidden_BMH: final hidden states of the mask block.
-        ids_BMK: the candidates of each place, int64.
+        ids_BMK, near_BM: of each place, the candidates come first (`best_of_groups`).
         first_B: the token before the first place, int64.
         draw: by its position (that of ``first``). None: all are greedy; no distributions then.
     """
@@ -118,6 +119,7 @@ def chain(
             state.x_NH,
             decoder.output_weight,
             ids_BMK,
+            near_BM,
             decoder.embed.weight,
             norm_H,
             eps,
@@ -157,15 +159,18 @@ def uniform(seed_B: torch.Tensor, position_BR: torch.Tensor, stream: int) -> tor
     return uniform(seed_B, position_BR.contiguous(), stream)
 
 
-def best_of_groups(logits_BRV: torch.Tensor, k: int) -> torch.Tensor:
+def best_of_groups(
+    logits_BRV: torch.Tensor, k: int, margin: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids ``[B, R, k]``: the likeliest token of each of ``k`` groups that share out the vocabulary.
 
     The likeliest of all is among them, and of the others those that no likelier one stands in the
     way of; a reduction finds them, where the exact ``k`` likeliest would have to be sorted out.
+    Those within ``margin`` of the likeliest come first; how many they are: ``[B, R]``, int32.
     """
     from idlm.model.cuda.choice import best_of_groups
 
-    return best_of_groups(logits_BRV, k)
+    return best_of_groups(logits_BRV, k, margin)
 
 
 def verdict(

@@ -11,7 +11,10 @@ from idlm.model.cuda.noise import exponential, key_of
 from idlm.model.cuda.overlap import overlap, wait
 from idlm.model.cuda.stream import Stream
 
-TOKENS, INPUTS = 16, 128
+# Of a program, whose tokens are read at once; and programs of a launch, about.
+TOKENS, INPUTS = 8, 1024
+PROGRAMS = 4096
+SOME = 256  # candidates whose noise is made at once
 
 
 def score(hidden_BH: torch.Tensor, weight_VH: torch.Tensor, ids_BK: torch.Tensor) -> torch.Tensor:
@@ -32,7 +35,7 @@ def score(hidden_BH: torch.Tensor, weight_VH: torch.Tensor, ids_BK: torch.Tensor
         *ids_BK.stride(),
         H=H,
         TOKENS=TOKENS,
-        INPUTS=INPUTS,
+        INPUTS=min(INPUTS, triton.next_power_of_2(H)),
     )
     return scores_BK
 
@@ -42,6 +45,7 @@ def draft(
     state_BH: torch.Tensor,
     weight_VH: torch.Tensor,
     ids_BMK: torch.Tensor,
+    near_BM: torch.Tensor,
     embedding_VH: torch.Tensor,
     norm_H: torch.Tensor,
     eps: float,
@@ -57,11 +61,12 @@ def draft(
 
     Args:
         hidden_BMH, ids_BMK: of all places; ids are int64; the places are dense.
+        near_BM: how many of the ids, from the first, are candidates; at least 1, int32, dense.
         state_BH, weight_VH, embedding_VH: dense, of the dtype of ``hidden``.
         norm_H, eps: RMS norm of the embedding.
         finished_MB: int32; those of this place are 0 and are used up.
         tokens_BM: int64, dense; gets the draft.
-        probs_BMK: fp32, dense; gets the distribution, if there is a ``draw``.
+        probs_BMK: fp32, dense; gets the distribution over the ids, if there is a ``draw``.
         draw: its position is that before the first place. None: all are greedy.
     Returns:
         ``[B, H]``: the embeddings of the drafts, behind the norm.
@@ -75,13 +80,15 @@ def draft(
     if draw is not None:
         seed_B, position_B = draw.seed_B, draw.position_B
         temperature_B, greedy_B = draw.temperature_B, draw.greedy_B.view(torch.uint8)
-    _draft[(B, triton.cdiv(K, TOKENS))](
+    parts = min(triton.cdiv(K, TOKENS), triton.cdiv(PROGRAMS, B))
+    _draft[(B, parts)](
         hidden_BMH,
         hidden_BMH.stride(0),
         state_BH,
         weight_VH,
         ids_BMK,
         ids_BMK.stride(0),
+        near_BM,
         scores_BK,
         finished_MB,
         embedding_VH,
@@ -102,7 +109,8 @@ def draft(
         CANDIDATES=triton.next_power_of_2(K),
         WIDTH=triton.next_power_of_2(H),
         TOKENS=TOKENS,
-        INPUTS=INPUTS,
+        INPUTS=min(INPUTS, triton.next_power_of_2(H)),
+        SOME=min(SOME, triton.next_power_of_2(K)),
         **overlap(),
     )
     return embedded_BH
@@ -192,24 +200,25 @@ def _scores(  # type: ignore[no-untyped-def]
     state_ptr,
     weight_ptr,
     ids,
+    real,
     H: tl.constexpr,
     STATE: tl.constexpr,
     TOKENS: tl.constexpr,
     INPUTS: tl.constexpr,
 ):
-    """Logits of ``ids`` for one row."""
+    """Logits of ``ids`` for one row; of those that are not ``real`` nothing is read."""
     total = tl.zeros([TOKENS, INPUTS], tl.float32)
     for first in tl.range(0, H, INPUTS):
         inputs = first + tl.arange(0, INPUTS)
+        weight = tl.load(
+            weight_ptr + ids[:, None] * H + inputs[None, :],
+            mask=real[:, None] & (inputs < H)[None, :],
+            other=0.0,
+        )
         hidden = tl.load(hidden_ptr + inputs, mask=inputs < H, other=0.0).to(tl.float32)
         if STATE:
             state = tl.load(state_ptr + inputs, mask=inputs < H, other=0.0).to(tl.float32)
             hidden = (hidden + state).to(hidden_ptr.dtype.element_ty).to(tl.float32)
-        weight = tl.load(
-            weight_ptr + ids[:, None] * H + inputs[None, :],
-            mask=(inputs < H)[None, :],
-            other=0.0,
-        )
         total += weight.to(tl.float32) * hidden[None, :]
     return tl.sum(total, 1)
 
@@ -231,7 +240,9 @@ def _score(  # type: ignore[no-untyped-def]
     b = tl.program_id(0)
     k = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     ids = tl.load(ids_ptr + b * ids_stride_b + k * ids_stride_k, mask=k < K, other=0)
-    score = _scores(hidden_ptr + b * H, hidden_ptr, weight_ptr, ids, H, False, TOKENS, INPUTS)
+    score = _scores(
+        hidden_ptr + b * H, hidden_ptr, weight_ptr, ids, k < K, H, False, TOKENS, INPUTS
+    )
     tl.store(scores_ptr + b * K + k, score, mask=k < K)
 
 
@@ -243,6 +254,7 @@ def _draft(  # type: ignore[no-untyped-def]
     weight_ptr,
     ids_ptr,
     ids_stride,
+    near_ptr,
     scores_ptr,
     finished_ptr,
     embedding_ptr,
@@ -264,44 +276,62 @@ def _draft(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
     INPUTS: tl.constexpr,
+    SOME: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Scores of some candidates of one request; the last of its programs chooses."""
     wait(OVERLAP)
-    b = tl.program_id(0)
-    k = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    b, parts = tl.program_id(0), tl.num_programs(1)
+    start = tl.program_id(1) * TOKENS
+    near = tl.load(near_ptr + b * M + place)
     ids_row_ptr = ids_ptr + b * ids_stride + place * K
-    ids = tl.load(ids_row_ptr + k, mask=k < K, other=0)
-    score = _scores(
-        hidden_ptr + b * hidden_stride + place * H,
-        state_ptr + b * H,
-        weight_ptr,
-        ids,
-        H,
-        True,
-        TOKENS,
-        INPUTS,
-    )
-    tl.store(scores_ptr + b * K + k, score, mask=k < K)
-    # All threads have stored before one of them says so.
-    tl.debug_barrier()
-    ahead = tl.atomic_add(finished_ptr + place * tl.num_programs(0) + b, 1, sem="acq_rel")
-    if ahead == tl.num_programs(1) - 1:
-        candidate = tl.arange(0, CANDIDATES)
-        real = candidate < K
-        logit = tl.load(scores_ptr + b * K + candidate, mask=real, other=float("-inf"))
-        best, chosen = first_best(logit, candidate, K - 1, 0)
-        if STREAM:
-            temperature = tl.load(temperature_ptr + b)
-            weight = tl.exp(logit / temperature - best / temperature)
-            q = weight / tl.sum(weight, 0)
-            greedy = tl.load(greedy_ptr + b) != 0
-            q = tl.where(greedy, (candidate == chosen).to(tl.float32), q)
-            tl.store(probs_ptr + (b * M + place) * K + candidate, q, mask=real)
-            position = tl.load(position_ptr + b) + 1 + place
-            key = key_of(tl.load(seed_ptr + b), position, STREAM)
-            drawn = tl.load(ids_row_ptr + candidate, mask=real, other=0)
-            _, chosen = first_best(q / exponential(key, drawn), candidate, K - 1, 0)
-        token = tl.load(ids_row_ptr + chosen)
-        tl.store(tokens_ptr + b * M + place, token)
-        _copy_normed(embedding_ptr + token * H, norm_ptr, eps, embedded_ptr + b * H, H, WIDTH)
+    if start < near:
+        while start < near:
+            k = start + tl.arange(0, TOKENS)
+            score = _scores(
+                hidden_ptr + b * hidden_stride + place * H,
+                state_ptr + b * H,
+                weight_ptr,
+                tl.load(ids_row_ptr + k, mask=k < K, other=0),
+                k < near,
+                H,
+                True,
+                TOKENS,
+                INPUTS,
+            )
+            tl.store(scores_ptr + b * K + k, score, mask=k < near)
+            start += parts * TOKENS
+        # All threads have stored before one of them says so.
+        tl.debug_barrier()
+        ahead = tl.atomic_add(finished_ptr + place * tl.num_programs(0) + b, 1, sem="acq_rel")
+        if ahead == tl.minimum(parts, tl.cdiv(near, TOKENS)) - 1:
+            candidate = tl.arange(0, CANDIDATES)
+            logit = tl.load(
+                scores_ptr + b * K + candidate, mask=candidate < near, other=float("-inf")
+            )
+            best, chosen = first_best(logit, candidate, near - 1, 0)
+            if STREAM:
+                temperature = tl.load(temperature_ptr + b)
+                greedy = tl.load(greedy_ptr + b) != 0
+                key = key_of(tl.load(seed_ptr + b), tl.load(position_ptr + b) + 1 + place, STREAM)
+                probs_row_ptr = probs_ptr + (b * M + place) * K
+                nothing = tl.zeros([CANDIDATES], tl.float32)
+                far = (candidate >= near) & (candidate < K)
+                tl.store(probs_row_ptr + candidate, nothing, mask=far)
+                total = tl.sum(tl.exp(logit / temperature - best / temperature), 0)
+                likeliest, top = chosen, tl.full([], float("-inf"), tl.float32)
+                start = 0
+                while start < near:
+                    some = start + tl.arange(0, SOME)
+                    own = tl.load(scores_ptr + b * K + some, mask=some < near, other=float("-inf"))
+                    q = tl.exp(own / temperature - best / temperature) / total
+                    q = tl.where(greedy, (some == likeliest).to(tl.float32), q)
+                    tl.store(probs_row_ptr + some, q, mask=some < near)
+                    drawn = tl.load(ids_row_ptr + some, mask=some < near, other=0)
+                    ratio, index = first_best(q / exponential(key, drawn), some, near - 1, 0)
+                    chosen = tl.where(ratio > top, index, chosen)
+                    top = tl.maximum(top, ratio)
+                    start += SOME
+            token = tl.load(ids_row_ptr + chosen)
+            tl.store(tokens_ptr + b * M + place, token)
+            _copy_normed(embedding_ptr + token * H, norm_ptr, eps, embedded_ptr + b * H, H, WIDTH)

@@ -371,7 +371,8 @@ def _judge(  # type: ignore[no-untyped-def]
         real = candidate < K
         ids = tl.load(ids_ptr + b * ids_stride + n * K + candidate, mask=real, other=0)
         q = tl.load(probs_ptr + b * probs_stride + n * K + candidate, mask=real, other=0.0)
-        logit = tl.load(row_ptr + ids, mask=real, other=float("-inf")).to(tl.float32)
+        # What was no candidate has q = 0.
+        logit = tl.load(row_ptr + ids, mask=q > 0.0, other=float("-inf")).to(tl.float32)
         p = _probability(logit, temperature, top, total)
         p = tl.where(greedy, (ids == likeliest).to(tl.float32), p)
         tl.store(overlap_ptr + b * (N - 1) + n, tl.sum(tl.minimum(p, q), 0))
