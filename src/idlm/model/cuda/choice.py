@@ -11,6 +11,7 @@ import triton.language as tl
 
 from idlm.model.cuda.noise import exponential, key_of
 from idlm.model.cuda.noise import uniform as open_uniform
+from idlm.model.cuda.overlap import overlap, wait
 
 # Tokens of a program that looks for the likeliest. Of one that takes the best of each group: tokens
 # of a group that are under way at once, and warps.
@@ -59,6 +60,7 @@ def sample(
         X=X,
         CHUNK=CHUNK,
         num_warps=4,
+        **overlap(),
     )
     return _of_chunks(values_XC, indices_XC, probs_BRX)
 
@@ -68,7 +70,9 @@ def uniform(seed_B: torch.Tensor, position_BR: torch.Tensor, stream: int) -> tor
     u_BR = torch.empty(position_BR.shape, dtype=torch.float64, device=seed_B.device)
     R = position_BR.shape[1]
     if R:
-        _uniform[(position_BR.numel(),)](seed_B, position_BR, u_BR, R, STREAM=stream, num_warps=1)
+        _uniform[(position_BR.numel(),)](
+            seed_B, position_BR, u_BR, R, STREAM=stream, num_warps=1, **overlap()
+        )
     return u_BR
 
 
@@ -96,6 +100,7 @@ def best_of_groups(
         GROUPS=triton.next_power_of_2(k),
         DEPTH=DEPTH,
         num_warps=WARPS,
+        **overlap(),
     )
     return ids_BRK, near_BR
 
@@ -114,6 +119,7 @@ def _of_chunks(
         V=X,
         CHUNKS=triton.next_power_of_2(chunks),
         num_warps=1,
+        **overlap(),
     )
     return index_BR
 
@@ -132,6 +138,7 @@ def best_of_chunks(logits_BRV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         V=V,
         CHUNK=CHUNK,
         num_warps=4,
+        **overlap(),
     )
     return values_XC, indices_XC
 
@@ -163,8 +170,10 @@ def _best_of_chunk(  # type: ignore[no-untyped-def]
     R,
     V: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One chunk of one row."""
+    wait(OVERLAP)
     row, chunk = tl.program_id(0), tl.program_id(1)
     row_ptr = logits_ptr + (row // R).to(tl.int64) * stride_b + (row % R) * stride_r
     token = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -192,8 +201,10 @@ def _sample_chunk(  # type: ignore[no-untyped-def]
     IDS: tl.constexpr,
     X: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One chunk of one row: its largest ratio of probability and noise."""
+    wait(OVERLAP)
     row, chunk = tl.program_id(0), tl.program_id(1)
     b, r = row // R, row % R
     index = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -212,8 +223,11 @@ def _sample_chunk(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["R"])
-def _uniform(seed_ptr, position_ptr, u_ptr, R, STREAM: tl.constexpr):  # type: ignore[no-untyped-def]
+def _uniform(  # type: ignore[no-untyped-def]
+    seed_ptr, position_ptr, u_ptr, R, STREAM: tl.constexpr, OVERLAP: tl.constexpr
+):
     """One number."""
+    wait(OVERLAP)
     row = tl.program_id(0)
     key = key_of(tl.load(seed_ptr + row // R), tl.load(position_ptr + row), STREAM)
     tl.store(u_ptr + row, open_uniform(key))
@@ -227,8 +241,10 @@ def _best(  # type: ignore[no-untyped-def]
     chunks,
     V: tl.constexpr,
     CHUNKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row, from the best of its chunks."""
+    wait(OVERLAP)
     row = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS)
     place = row * chunks + chunk
@@ -251,8 +267,10 @@ def _best_of_groups(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     DEPTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """All groups of one row, those with a likely token first."""
+    wait(OVERLAP)
     row = tl.program_id(0)
     row_ptr = logits_ptr + (row // R).to(tl.int64) * stride_b + (row % R) * stride_r
     group = tl.arange(0, GROUPS)

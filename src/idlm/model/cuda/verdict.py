@@ -8,6 +8,7 @@ import triton.language as tl
 from idlm.model.cuda.choice import CHUNK, best_of_chunks, first_best
 from idlm.model.cuda.draw import Draw
 from idlm.model.cuda.noise import exponential, key_of, uniform
+from idlm.model.cuda.overlap import overlap, wait
 
 
 def greedy_verdict(
@@ -40,6 +41,7 @@ def greedy_verdict(
         ROWS=triton.next_power_of_2(N),
         CHUNKS=triton.next_power_of_2(chunks),
         num_warps=4,
+        **overlap(),
     )
     return accepted_B, next_B, overlap_BM
 
@@ -85,6 +87,7 @@ def sampled_verdict(
         V=V,
         CHUNK=CHUNK,
         num_warps=4,
+        **overlap(),
     )
     top_BN, total_BN = torch.empty((2, B, N), dtype=torch.float32, device=device)
     target_BN = torch.empty((B, N), dtype=torch.int32, device=device)
@@ -121,11 +124,20 @@ def sampled_verdict(
         CHUNKS=slots,
         CANDIDATES=triton.next_power_of_2(K),
         num_warps=4,
+        **overlap(),
     )
     accepted_B, next_B = torch.empty((2, B), dtype=torch.int64, device=device)
     if coupled:
         _follow[(B,)](
-            target_BN, stands_BM, count_B, accepted_B, next_B, N=N, ROWS=rows, num_warps=1
+            target_BN,
+            stands_BM,
+            count_B,
+            accepted_B,
+            next_B,
+            N=N,
+            ROWS=rows,
+            num_warps=1,
+            **overlap(),
         )
         return accepted_B, next_B, overlap_BM
     values_2BC = torch.empty((2, B, chunks), dtype=torch.float32, device=device)
@@ -158,6 +170,7 @@ def sampled_verdict(
         CHUNK=CHUNK,
         CANDIDATES=triton.next_power_of_2(K),
         num_warps=4,
+        **overlap(),
     )
     _take[(B,)](
         values_2BC,
@@ -172,6 +185,7 @@ def sampled_verdict(
         ROWS=rows,
         CHUNKS=slots,
         num_warps=1,
+        **overlap(),
     )
     return accepted_B, next_B, overlap_BM
 
@@ -216,6 +230,7 @@ def settle(
         M=block_size,
         ROWS=triton.next_power_of_2(max(N, block_size)),
         num_warps=1,
+        **overlap(),
     )
     return packed_BX, new_length_B, proposed_B, rows_BM
 
@@ -242,8 +257,10 @@ def _greedy_verdict(  # type: ignore[no-untyped-def]
     V: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One request, from the best of its rows' chunks."""
+    wait(OVERLAP)
     b = tl.program_id(0)
     row, chunk = tl.arange(0, ROWS), tl.arange(0, CHUNKS)
     place = (b * N + row)[:, None] * chunks + chunk[None, :]
@@ -282,8 +299,10 @@ def _weigh(  # type: ignore[no-untyped-def]
     STREAM: tl.constexpr,
     V: tl.constexpr,
     CHUNK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One chunk of one row: its likeliest token, its share of the softmax, and a draw from it."""
+    wait(OVERLAP)
     row, chunk = tl.program_id(0), tl.program_id(1)
     b, n = row // N, row % N
     token = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -336,12 +355,14 @@ def _judge(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     CHUNKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One row, from its chunks; and whether the draft that it predicts stands.
 
     Without ``ACCEPT`` a draft stands if it is the row's draw, which is the target then; otherwise
     the target is the likeliest token.
     """
+    wait(OVERLAP)
     b, n = tl.program_id(0), tl.program_id(1)
     row = b * N + n
     chunk = tl.arange(0, CHUNKS)
@@ -405,8 +426,10 @@ def _follow(  # type: ignore[no-untyped-def]
     next_ptr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Coupled rule, one request: the target behind the drafts that stand comes next."""
+    wait(OVERLAP)
     b = tl.program_id(0)
     accepted = _accepted(stands_ptr, count_ptr, b, N, ROWS)
     tl.store(accepted_ptr + b, accepted.to(tl.int64))
@@ -441,11 +464,13 @@ def _redraw(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Rejection rule, one chunk of the row behind the drafts that stand: draws from it.
 
     One is from ``p``, one from what is left of ``p`` without ``q`` if a draft was rejected.
     """
+    wait(OVERLAP)
     b, chunk = tl.program_id(0), tl.program_id(1)
     count = tl.load(count_ptr + b)
     accepted = _accepted(stands_ptr, count_ptr, b, N, ROWS)
@@ -501,8 +526,10 @@ def _take(  # type: ignore[no-untyped-def]
     V: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNKS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Rejection rule, one request: the best draw of all chunks comes next."""
+    wait(OVERLAP)
     b = tl.program_id(0)
     accepted = _accepted(stands_ptr, count_ptr, b, N, ROWS)
     tl.store(accepted_ptr + b, accepted.to(tl.int64))
@@ -539,8 +566,10 @@ def _settle(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     M: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One request."""
+    wait(OVERLAP)
     b = tl.program_id(0)
     place = tl.arange(0, ROWS)
     accepted, count = tl.load(accepted_ptr + b), tl.load(count_ptr + b)
