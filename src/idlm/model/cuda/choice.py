@@ -16,7 +16,7 @@ from idlm.model.cuda.overlap import overlap, wait
 # Tokens of a program that looks for the likeliest. Of one that takes the best of each group: tokens
 # of a group that are under way at once, and warps.
 CHUNK = 2048
-DEPTH, WARPS = 8, 16
+DEPTH, WARPS = 12, 16
 
 
 def argmax(logits_BRV: torch.Tensor) -> torch.Tensor:
