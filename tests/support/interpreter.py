@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from triton import language
 from triton.runtime import interpreter
 
 
@@ -41,6 +42,8 @@ def _patched_once(patch: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return launch[0]
         modules.append(names)
         scope = patch(function)
+        # Of one element, but not of no dimension: numpy would refuse it as the end of a loop.
+        scope.set_attr(language.tensor, "__index__", lambda self: self.handle.data.item())
         if launch:
             launch[0]._changes += scope._changes
         else:

@@ -1,7 +1,7 @@
 """Kernels that are set up while the one before them still runs (programmatic dependent launch).
 
 A kernel that is launched with `overlap` begins with `wait`. What it does before that overlaps with
-the end of the kernel before: it may read what is never written, such as weights, and nothing else.
+the end of the kernel before: it may read what that one does not write, and nothing else.
 """
 
 # No deferred annotations here: Triton reads them.

@@ -15,19 +15,34 @@ import triton.language as tl
 
 from idlm.model.cuda.overlap import overlap, wait
 
-# Keys per step of the loop, and in the shortest part.
-STEP_KEYS = 64
-PART_KEYS = 64
+PART_KEYS = 64  # in the shortest part
 REACH_KEYS = 256  # texts are cut alike while they have no more than a multiple of it
 MAX_PARTS = 32
-# Programs that keep a GPU busy.
-PROGRAMS = 256
 # Packed rows of one program; the matrix units want 16 at least. From 64 on they would do other
 # instructions: with bf16, rows of a wide forward then came out other than the same rows alone.
 MIN_ROWS, MAX_ROWS = 16, 32
 MERGED_ROWS = 32  # parts of rows that one program merges
 # Heads of one program that rotates.
 HEADS = 16
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How keys are gone over: those of a step, programs that there should be, warps and stages."""
+
+    keys: int = 64
+    programs: int = 256
+    warps: int = 4
+    stages: int = 3
+
+
+def cut_of(texts: int, dim: int, itemsize: int) -> Cut:
+    """The cut for so many requests times KV heads.
+
+    Whatever the layout: a row's sums are then made in the same order in all of them.
+    """
+    keys = 64 if dim <= 128 else 32
+    return Cut(keys=keys, stages=3 if itemsize == 2 else 2)
 
 
 @dataclass(frozen=True)
@@ -153,8 +168,8 @@ def attend(
     height = MIN_ROWS if triton.cdiv(R * G, MIN_ROWS) % 2 else MAX_ROWS
     tiles = triton.cdiv(R * G, height)
     longest = triton.cdiv(rows.table_BP.shape[1] * T, PART_KEYS)
-    # Whatever the layout: a row's sums are then made in the same order in all of them.
-    parts = max(1, min(MAX_PARTS, longest, triton.cdiv(PROGRAMS, B * K)))
+    cut = cut_of(B * K, D, k_NKTD.itemsize)
+    parts = max(1, min(MAX_PARTS, longest, triton.cdiv(cut.programs, B * K)))
     out_NX = torch.empty((N, Q * D), dtype=qkv_NW.dtype, device=qkv_NW.device)
     partial, worth = out_NX, out_NX
     if parts > 1:
@@ -185,13 +200,12 @@ def attend(
         DIM=max(16, triton.next_power_of_2(D)),
         T=T,
         ROWS=height,
-        KEYS=STEP_KEYS if D <= 128 else STEP_KEYS // 2,
+        KEYS=cut.keys,
         SHORTEST=PART_KEYS,
         REACH=REACH_KEYS,
         SPLIT=parts > 1,
-        STEPS=_fixed_steps(rows.table_BP.shape[1] * T),
-        num_warps=4,
-        num_stages=3 if k_NKTD.itemsize == 2 else 2,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
         **overlap(),
     )
     if parts > 1:
@@ -211,11 +225,6 @@ def attend(
             **overlap(),
         )
     return out_NX
-
-
-def _fixed_steps(keys: int) -> int:
-    """Interpreted, a loop cannot end where the kernel says: keys to go over instead, else 0."""
-    return triton.cdiv(keys, STEP_KEYS) * STEP_KEYS if triton.knobs.runtime.interpret else 0
 
 
 @triton.jit
@@ -299,6 +308,19 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
     tl.store(v_cell_ptr + half, y2, mask=real & (head >= Q + K))
 
 
+@triton.jit
+def _gather(scores, v, top, total, out):  # type: ignore[no-untyped-def]
+    """One step of the softmax: its highest score, its sum and the weighted sum of values so far."""
+    higher = tl.maximum(top, tl.max(scores, 1))
+    # A row that has seen nothing yet stays at weight 0 instead of NaN.
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp(scores - safe[:, None])
+    fade = tl.exp(top - safe)
+    total = total * fade + tl.sum(weights, 1)
+    out = out * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return higher, total, out
+
+
 @triton.jit(do_not_specialize=["B", "clean", "masks", "parts"])
 def _attend(  # type: ignore[no-untyped-def]
     qkv_ptr,
@@ -331,7 +353,6 @@ def _attend(  # type: ignore[no-untyped-def]
     SHORTEST: tl.constexpr,
     REACH: tl.constexpr,
     SPLIT: tl.constexpr,
-    STEPS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One KV head of one request: a tile of packed rows over one part of the keys."""
@@ -346,7 +367,7 @@ def _attend(  # type: ignore[no-untyped-def]
     flat = _flat(b, tl.minimum(row, R - 1), B, clean, masks).to(tl.int64)
     dims = tl.arange(0, DIM)
     real_dim = dims < D
-    wait(OVERLAP)
+    # Lengths and tables were there before the launch that this one waits for.
     start = tl.load(start_ptr + b).to(tl.int32)
     # Parts of equal length, but none is short: a short text has fewer of them. The length does not
     # depend on the rows in flight; the last part has them all.
@@ -354,6 +375,15 @@ def _attend(  # type: ignore[no-untyped-def]
     length = tl.maximum(tl.cdiv(tl.cdiv(reach, parts), KEYS) * KEYS, SHORTEST)
     first = part * length
     end = tl.where(part == parts - 1, start + R, tl.minimum(start + R, first + length))
+    # Steps of committed keys alone, which all rows see; whatever is in flight comes after those.
+    flying = first + tl.maximum(tl.minimum(start, end) - first, 0) // KEYS * KEYS
+    # Where the next step's keys are is known one step ahead, so that they can be fetched meanwhile.
+    table_row_ptr = table_ptr + b * table_stride
+    coming = first + tl.arange(0, KEYS)
+    block = tl.load(table_row_ptr + coming // T, mask=coming < end, other=0)
+    k_head_ptr = k_cache_ptr + head * cache_stride_h
+    v_head_ptr = v_cache_ptr + head * cache_stride_h
+    wait(OVERLAP)
     q = tl.load(
         qkv_ptr + flat[:, None] * ((K * G + 2 * K) * D) + query_head[:, None] * D + dims[None, :],
         mask=real_row[:, None] & real_dim[None, :],
@@ -364,24 +394,39 @@ def _attend(  # type: ignore[no-untyped-def]
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, DIM], tl.float32)
-    # Where the next step's keys are is known one step ahead, so that they can be fetched meanwhile.
-    coming = first + tl.arange(0, KEYS)
-    block = tl.load(table_ptr + b * table_stride + coming // T, mask=coming < end, other=0)
-    # Interpreted, the loop goes on to a fixed end and masks what is too much.
-    for step in tl.range(0, STEPS if STEPS else end - first, KEYS):
-        keys = first + step + tl.arange(0, KEYS)
-        there = keys < end
-        cell = block.to(tl.int64) * cache_stride_n + head * cache_stride_h
-        cell += (keys % T) * cache_stride_t
+    for at in tl.range(first, flying, KEYS):
+        keys = at + tl.arange(0, KEYS)
+        cell = block.to(tl.int64) * cache_stride_n + (keys % T) * cache_stride_t
         coming = keys + KEYS
-        block = tl.load(table_ptr + b * table_stride + coming // T, mask=coming < end, other=0)
+        block = tl.load(table_row_ptr + coming // T, mask=coming < end, other=0)
+        if D == DIM:
+            k = tl.load(k_head_ptr + cell[None, :] + dims[:, None])
+            v = tl.load(v_head_ptr + cell[:, None] + dims[None, :])
+        else:
+            k_ptrs, v_ptrs = (
+                k_head_ptr + cell[None, :] + dims[:, None],
+                v_head_ptr + cell[:, None] + dims[None, :],
+            )
+            k = tl.load(k_ptrs, mask=real_dim[:, None], other=0.0)
+            v = tl.load(v_ptrs, mask=real_dim[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        if WINDOW > 0:
+            near = position[:, None] - keys[None, :] < WINDOW
+            scores = tl.where(near, scores, float("-inf"))
+        top, total, out = _gather(scores, v, top, total, out)
+    for at in tl.range(flying, end, KEYS):
+        keys = at + tl.arange(0, KEYS)
+        there = keys < end
+        cell = block.to(tl.int64) * cache_stride_n + (keys % T) * cache_stride_t
+        coming = keys + KEYS
+        block = tl.load(table_row_ptr + coming // T, mask=coming < end, other=0)
         k = tl.load(
-            k_cache_ptr + cell[None, :] + dims[:, None],
+            k_head_ptr + cell[None, :] + dims[:, None],
             mask=there[None, :] & real_dim[:, None],
             other=0.0,
         )
         v = tl.load(
-            v_cache_ptr + cell[:, None] + dims[None, :],
+            v_head_ptr + cell[:, None] + dims[None, :],
             mask=there[:, None] & real_dim[None, :],
             other=0.0,
         )
@@ -399,14 +444,7 @@ def _attend(  # type: ignore[no-untyped-def]
             sees = sees & (position[:, None] - key_position[None, :] < WINDOW)
         scores = tl.dot(q, k, input_precision="ieee") * scale
         scores = tl.where(sees, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        # A row that has seen nothing yet stays at weight 0 instead of NaN.
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp(scores - safe[:, None])
-        fade = tl.exp(top - safe)
-        total = total * fade + tl.sum(weights, 1)
-        out = out * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        top = higher
+        top, total, out = _gather(scores, v, top, total, out)
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
     place = flat * (K * G) + query_head
     if SPLIT:
