@@ -13,6 +13,7 @@ from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.paged_attention import Rows, rotate_and_append
 from idlm.model.cuda.projection import Heads, add, project
 from idlm.model.cuda.stream import begin
+from idlm.model.cuda.tile import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -143,6 +144,20 @@ def test_is_the_projection_and_its_update(
 def test_what_happens_on_the_way_out(rows: int, masks: int, surroundings: dict[str, bool]) -> None:
     case = Case(rows, masks, 64, (48, 48), 5)
     assert relative_error(case.run(**surroundings), case.expected(**surroundings)) < 1e-5
+
+
+def test_a_norm_may_have_many_parts() -> None:
+    """One for every tile of the product before it."""
+    draw = torch.Generator().manual_seed(0)
+    x_NH, y_NI, norm_H = (torch.randn(*n, generator=draw) for n in ((3, 1056), (3, 32), (1056,)))
+    weight_HI, next_OH = (torch.randn(*n, generator=draw) / 8 for n in ((1056, 32), (32, 1056)))
+    given = (x.to(DEVICE) for x in (x_NH, y_NI, weight_HI, norm_H, next_OH))
+    x, y, weight, norm, following = given
+    before = begin(x.clone(), norm, 1e-5)
+    after = add(before, y, weight, norm_H=norm, eps=1e-5, tile=Tile(16, 16, 16, 2, 2))
+    assert after.squares_NP.shape[1] == 66
+    expected = F.rms_norm(x + y @ weight.T, (1056,), norm, 1e-5) @ following.T
+    assert relative_error(project(after, following).cpu(), expected.double().cpu()) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -30,19 +30,25 @@ HEADS = 16
 class Cut:
     """How keys are gone over: those of a step, programs that there should be, warps and stages."""
 
-    keys: int = 64
-    programs: int = 256
-    warps: int = 4
-    stages: int = 3
+    keys: int
+    programs: int
+    warps: int
+    stages: int
 
 
 def cut_of(texts: int, dim: int, itemsize: int) -> Cut:
-    """The cut for so many requests times KV heads.
+    """The cut for so many requests times KV heads (docs/benchmarks.md, "Attention").
 
     Whatever the layout: a row's sums are then made in the same order in all of them.
     """
-    keys = 64 if dim <= 128 else 32
-    return Cut(keys=keys, stages=3 if itemsize == 2 else 2)
+    if itemsize > 2 or dim > 64:
+        stages = 3 if itemsize == 2 else 2
+        return Cut(keys=64 if dim <= 128 else 32, programs=256, warps=4, stages=stages)
+    if texts < 48:
+        return Cut(keys=64, programs=256, warps=4, stages=2)
+    if texts < 192:
+        return Cut(keys=32, programs=512, warps=2, stages=3)
+    return Cut(keys=32, programs=1024, warps=1, stages=2)
 
 
 @dataclass(frozen=True)
@@ -399,14 +405,12 @@ def _attend(  # type: ignore[no-untyped-def]
         cell = block.to(tl.int64) * cache_stride_n + (keys % T) * cache_stride_t
         coming = keys + KEYS
         block = tl.load(table_row_ptr + coming // T, mask=coming < end, other=0)
+        k_ptrs = k_head_ptr + cell[None, :] + dims[:, None]
+        v_ptrs = v_head_ptr + cell[:, None] + dims[None, :]
         if D == DIM:
-            k = tl.load(k_head_ptr + cell[None, :] + dims[:, None])
-            v = tl.load(v_head_ptr + cell[:, None] + dims[None, :])
+            k = tl.load(k_ptrs)
+            v = tl.load(v_ptrs)
         else:
-            k_ptrs, v_ptrs = (
-                k_head_ptr + cell[None, :] + dims[:, None],
-                v_head_ptr + cell[:, None] + dims[None, :],
-            )
             k = tl.load(k_ptrs, mask=real_dim[:, None], other=0.0)
             v = tl.load(v_ptrs, mask=real_dim[None, :], other=0.0)
         scores = tl.dot(q, k, input_precision="ieee") * scale

@@ -15,6 +15,7 @@ from idlm.model.cuda.tile import MIN_ROWS
 
 FEW_ROWS = tl.constexpr(MIN_ROWS)
 LINE = tl.constexpr(128)  # bytes of the L2 cache that come at a time
+EARLY_PARTS = tl.constexpr(64)  # of sums of squares of a row, which are loaded before the product
 
 
 @triton.jit
@@ -76,6 +77,14 @@ def _boxed(  # type: ignore[no-untyped-def]
         if PAIRED:
             other = tl.dot(x, weight_box.load([first_output + APART, first]).T, other)
     return y, other
+
+
+@triton.jit
+def _squares(squares_ptr, rows, there, parts, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums of squares of all parts of these rows."""
+    part = tl.arange(0, PARTS)[None, :]
+    mask = (part < parts) & there[:, None]
+    return tl.load(squares_ptr + rows[:, None] * parts + part, mask=mask, other=0.0)
 
 
 @triton.jit(
@@ -235,13 +244,8 @@ def project_tile(  # type: ignore[no-untyped-def]
         r = tl.where(rows < clean_rows, rows - b * clean, clean + rows - clean_rows - b * masks)
         index = tl.load(start_ptr + b, mask=there, other=0) + r
         block = tl.load(table_ptr + b * table_stride + index // T, mask=there, other=0)
-    if PARTS:
-        part = tl.arange(0, PARTS)[None, :]
-        squares = tl.load(
-            squares_ptr + place[:, None] * parts + part,
-            mask=(part < parts) & there[:, None],
-            other=0.0,
-        )
+    if PARTS and PARTS <= EARLY_PARTS:
+        squares = _squares(squares_ptr, place, there, parts, PARTS)
     if BOXED:
         y, up = _boxed(
             x_box, box, first_row, first_output, apart, PAIRED, I, ROWS, box_outputs, INPUTS
@@ -249,6 +253,8 @@ def project_tile(  # type: ignore[no-untyped-def]
     else:
         y = _product(x_ptr, weight_ptr, place, there, source_outputs, I, ROWS, OUTPUTS, INPUTS)
     if PARTS:
+        if PARTS > EARLY_PARTS:  # would take the registers that the product wants
+            squares = _squares(squares_ptr, place, there, parts, PARTS)
         mean = tl.sum(squares.to(tl.float64), 1).to(tl.float32) / I
         shrink = (1.0 / tl.sqrt(mean + eps))[:, None]
         y = y * shrink
