@@ -6,6 +6,7 @@ import torch
 
 from idlm.model.adapter import Adapter, AdapterConfig
 from idlm.model.config import ModelConfig, RopeConfig
+from idlm.model.cuda import stack as cuda_stack
 from idlm.model.decoder import Decoder
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
@@ -51,4 +52,5 @@ def random_model(name: str) -> tuple[Decoder, Adapter]:
                     parameter.fill_(1.0)
                 else:
                     parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
-    return decoder.requires_grad_(False).eval(), adapter.freeze()
+    cuda_stack.prepare(decoder.requires_grad_(False).eval(), adapter.freeze())
+    return decoder, adapter

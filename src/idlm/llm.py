@@ -25,6 +25,7 @@ from idlm.model import checkpoint
 from idlm.model.adapter import Adapter
 from idlm.model.config import ModelConfig
 from idlm.model.cpu import kernels as cpu_kernels
+from idlm.model.cuda import stack as cuda_stack
 from idlm.model.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class LLM:
         decoder = checkpoint.load_decoder(folder, device=self.device, dtype=self.dtype)
         if loaded is not None:
             loaded.share_embedding(decoder.embed.weight)
+            cuda_stack.prepare(decoder, loaded)
         self.tokenizer = Tokenizer.load(folder)
         self._max_batch = max_batch
         self._plans = plans(MOST_MASKS if loaded is None else loaded.config.block_size)

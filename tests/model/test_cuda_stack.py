@@ -31,7 +31,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     [
         ("llama", 1, 0, False, True),
         ("llama", 2, 6, True, True),
+        ("llama", 5, 0, False, False),
         ("biases", 4, 3, True, False),
+        ("qk norm, window", 4, 3, True, False),
         ("biases", 4, 3, True, True),
         ("qk norm, window", 4, 3, True, True),
     ],
@@ -54,6 +56,9 @@ def test_is_the_layers(
         if "norm" in name or "bias" in name:  # norms at 1 and biases at 0 would hide mistakes
             parameter.add_(torch.randn_like(parameter) * 0.3)
     adapter = random_adapter(config).to(DEVICE).freeze() if adapted else None
+    if adapter is not None and not fused:
+        monkeypatch.setattr(cuda_stack, "usable", lambda device: True)
+        cuda_stack.prepare(decoder, adapter)
     B, R, length = 3, clean + masks, 40
     table_BP = block_table(B, length)
     shape_LBKSD = (config.num_layers, B, config.num_kv_heads, length, config.head_dim)

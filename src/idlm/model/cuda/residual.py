@@ -1,26 +1,31 @@
 """The residual stream of a forward on CUDA, and the projections between it and the layers.
 
 Two ways to the same: one launch for a projection and all that surrounds it, or the library's
-products.
+product and one launch for all that surrounds it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from idlm.model.cuda.low_rank import LowRank
-    from idlm.model.cuda.projection import Heads
-    from idlm.model.decoder import Linear, RMSNorm
+from idlm.model.cuda import epilogue, projection
+from idlm.model.cuda.low_rank import LowRank
+from idlm.model.cuda.paged_attention import rotate_and_append
+from idlm.model.cuda.projection import Heads
+from idlm.model.cuda.stream import begin
+from idlm.model.decoder import Layer, Linear, RMSNorm
 
-    Update = tuple[LowRank | None, int]  # and the first row that it acts on
+# Up to so many rows a projection rotates its heads itself; what that takes grows with the rows, a
+# launch of its own takes the same time for all.
+ROTATED_ROWS = 128
+
+Update = tuple[LowRank | None, int]  # and the first row that it acts on
 
 
-class FusedResidual:
-    """Rows ``[N, H]`` on their way into a norm; each projection is one launch.
+class Residual(ABC):
+    """Rows ``[N, H]`` on their way into a norm.
 
     Args:
         x_NH: the rows, dense.
@@ -28,37 +33,77 @@ class FusedResidual:
     """
 
     def __init__(self, x_NH: torch.Tensor, norm: RMSNorm) -> None:
-        # Not at the top: there may be no Triton here.
-        from idlm.model.cuda import projection
-        from idlm.model.cuda.stream import begin
-
-        self._projection = projection
         self._stream = begin(x_NH, norm.weight, norm.eps)
 
-    def project(
-        self,
-        linear: Linear,
-        update: Update,
-        ready_1: torch.Tensor,
-        *,
-        gated: bool = False,
-        heads: Heads | None = None,
+    def normed(self) -> torch.Tensor:
+        """``[N, H]``: what comes out of the norm."""
+        return self._stream.normed()
+
+    @abstractmethod
+    def rotated(
+        self, layer: Layer, update: Update, ready_1: torch.Tensor, heads: Heads
     ) -> torch.Tensor:
-        """``[N, O]``: ``linear`` of what comes out of the norm; gated: ``silu(gate) * up``.
+        """``[N, (Q + 2 K) * D]``: the layer's queries, rotated, of what comes out of the norm.
+
+        Keys and values go into the cache.
 
         Args:
             ready_1: int32, 0; used up.
-            heads: where keys and values go, if queries and keys are to be rotated.
         """
-        return self._projection.project(
+
+    @abstractmethod
+    def gated(self, linear: Linear, update: Update, ready_1: torch.Tensor) -> torch.Tensor:
+        """``[N, O / 2]``: ``silu(gate) * up`` of what comes out of the norm."""
+
+    @abstractmethod
+    def add(
+        self,
+        x_NI: torch.Tensor,
+        linear: Linear,
+        update: Update,
+        ready_1: torch.Tensor,
+        norm: RMSNorm,
+    ) -> None:
+        """Add ``linear`` of ``x``; ``norm`` comes next."""
+
+
+class FusedResidual(Residual):
+    """Each projection is one launch (but for its heads, if there are many or they have norms)."""
+
+    def rotated(
+        self, layer: Layer, update: Update, ready_1: torch.Tensor, heads: Heads
+    ) -> torch.Tensor:
+        at_once = len(self._stream.x_NH) <= ROTATED_ROWS and layer.q_norm is None
+        qkv_NW = projection.project(
+            self._stream,
+            layer.qkv.weight,
+            layer.qkv.bias,
+            low_rank=update[0],
+            first_mask=update[1],
+            ready_1=ready_1,
+            heads=heads if at_once else None,
+        )
+        if not at_once:
+            rotate_and_append(
+                qkv_NW,
+                heads.cos_ND,
+                heads.sin_ND,
+                heads.k_NKTD,
+                heads.v_NKTD,
+                heads.rows,
+                *_head_norms(layer),
+            )
+        return qkv_NW
+
+    def gated(self, linear: Linear, update: Update, ready_1: torch.Tensor) -> torch.Tensor:
+        return projection.project(
             self._stream,
             linear.weight,
             linear.bias,
             low_rank=update[0],
             first_mask=update[1],
             ready_1=ready_1,
-            gated=gated,
-            heads=heads,
+            gated=True,
         )
 
     def add(
@@ -69,8 +114,7 @@ class FusedResidual:
         ready_1: torch.Tensor,
         norm: RMSNorm,
     ) -> None:
-        """Add ``linear`` of ``x``; ``norm`` comes next."""
-        self._stream = self._projection.add(
+        self._stream = projection.add(
             self._stream,
             x_NI,
             linear.weight,
@@ -82,26 +126,19 @@ class FusedResidual:
             ready_1=ready_1,
         )
 
-    def normed(self) -> torch.Tensor:
-        """``[N, H]``: what comes out of the norm."""
-        return self._stream.normed()
 
+class LibraryResidual(Residual):
+    """Each projection is the library's product, faster for many rows, and a launch behind it."""
 
-class PlainResidual:
-    """`FusedResidual` with the library's products, which are faster for many rows."""
-
-    def __init__(self, x_NH: torch.Tensor, norm: RMSNorm) -> None:
-        self._x_NH, self._norm = x_NH, norm
-
-    def project(
-        self, linear: Linear, update: Update, ready_1: torch.Tensor, *, gated: bool = False
+    def rotated(
+        self, layer: Layer, update: Update, ready_1: torch.Tensor, heads: Heads
     ) -> torch.Tensor:
-        """As there."""
-        y_NO = _product(self.normed(), linear, update)
-        if gated:
-            gate_NI, up_NI = y_NO.chunk(2, dim=-1)
-            y_NO = F.silu(gate_NI) * up_NI
-        return y_NO
+        made = epilogue.product(self._stream, layer.qkv.weight, layer.qkv.bias, *update)
+        return epilogue.rotate(made, self._stream, heads, *_head_norms(layer))
+
+    def gated(self, linear: Linear, update: Update, ready_1: torch.Tensor) -> torch.Tensor:
+        made = epilogue.product(self._stream, linear.weight, linear.bias, *update)
+        return epilogue.gate(made, self._stream)
 
     def add(
         self,
@@ -111,25 +148,12 @@ class PlainResidual:
         ready_1: torch.Tensor,
         norm: RMSNorm,
     ) -> None:
-        """As there."""
-        self._x_NH, self._norm = self._x_NH + _product(x_NI, linear, update), norm
-
-    def normed(self) -> torch.Tensor:
-        """As there."""
-        return self._norm(self._x_NH)
+        made = epilogue.product(x_NI, linear.weight, linear.bias, *update)
+        self._stream = epilogue.add(made, self._stream, norm.weight, norm.eps)
 
 
-def _product(x_NI: torch.Tensor, linear: Linear, update: Update) -> torch.Tensor:
-    y_NO = F.linear(x_NI, linear.weight, linear.bias)
-    low_rank, first_mask = update
-    if low_rank is not None and first_mask < len(x_NI):
-        z_MZ = F.linear(x_NI[first_mask:], low_rank.A_ZI)
-        modules = zip(
-            y_NO[first_mask:].split(low_rank.modules, dim=1),
-            z_MZ.split(low_rank.rank, dim=1),
-            low_rank.B_OZ.split(low_rank.modules),
-            strict=True,
-        )
-        for y_MO, z_Mr, B_Or in modules:
-            y_MO.addmm_(z_Mr, B_Or.T)
-    return y_NO
+def _head_norms(layer: Layer) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
+    """Weights of the norms of queries and keys, if any, and what their squares get added."""
+    if layer.q_norm is None or layer.k_norm is None:
+        return None, None, 0.0
+    return layer.q_norm.weight, layer.k_norm.weight, layer.q_norm.eps

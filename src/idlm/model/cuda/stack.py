@@ -2,10 +2,10 @@
 
 What is computed is defined by `Layer.forward`; here it is only handed over. The one difference:
 sums that meet in one output (a projection, its bias, the LoRA and the residual stream) are rounded
-once, not after each step. Five launches a layer (one more where the keys are split, one more where
-heads are not rotated by their projection; the library's products of many rows take their own),
-nothing waits for the device, and the launches depend on shapes only, so a forward can be captured
-as a graph.
+once, not after each step (the library's product is, too). Five launches a layer (one more where the
+keys are split, one more where heads are not rotated by their projection; the library's products of
+many rows are four more at least), nothing waits for the device, and the launches depend on shapes
+only, so a forward can be captured as a graph.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from idlm.model.cuda.low_rank import LowRank
-from idlm.model.cuda.residual import FusedResidual, PlainResidual
+from idlm.model.cuda.low_rank import LowRank, stack, stacked
 
 if TYPE_CHECKING:
     from idlm.model.adapter import Adapter, LoraLinear
@@ -34,10 +33,26 @@ if TYPE_CHECKING:
 # update merged in, where the weights are small.
 FUSED_ROWS = 64
 SMALL_WEIGHT = 1 << 22
-# Up to so many rows a projection rotates its heads itself; what that takes grows with the rows, a
-# launch of its own takes the same time for all.
-ROTATED_ROWS = 128
 PROJECTIONS = ("qkv", "o", "gate_up", "down")
+
+
+@torch.no_grad()
+def prepare(decoder: Decoder, adapter: Adapter) -> None:
+    """Lay the weights of a large model so that products of many rows need fewer launches.
+
+    They move: nobody may have captured a forward yet. Takes the memory of a layer for a moment.
+
+    Args:
+        adapter: frozen; what is forwarded with another one takes a launch more for a projection.
+    """
+    device = decoder.embed.weight.device
+    if not usable(device) or is_small(decoder.config):
+        return
+    layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
+    for layer in layers:
+        for name, lora in adapter.layer(layer.index).items():
+            stack(getattr(layer, name).weight, lora.A)
+        torch.cuda.empty_cache()  # else what was moved from stays, as nothing else fits into it
 
 
 def takes(decoder: Decoder, attention: PagedAttention, adapter: Adapter | None) -> bool:
@@ -64,8 +79,9 @@ def run(
         ``hidden_BRH``.
     """
     # Not at the top: there may be no Triton here.
-    from idlm.model.cuda.paged_attention import Rows, attend, rotate_and_append
+    from idlm.model.cuda.paged_attention import Rows, attend
     from idlm.model.cuda.projection import Heads
+    from idlm.model.cuda.residual import FusedResidual, LibraryResidual
     from idlm.model.cuda.rows import enter
 
     B, R = positions_BR.shape
@@ -90,33 +106,18 @@ def run(
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
     small = is_small(decoder.config)
     updates = [{}] * len(layers) if adapter is None else _updates(decoder, adapter, merge=small)
-    kind = FusedResidual if small or len(x_NH) <= FUSED_ROWS else PlainResidual
+    kind = FusedResidual if small or len(x_NH) <= FUSED_ROWS else LibraryResidual
     # Filled by a kernel: what is set up early has to follow one.
     ready_L41 = torch.full((len(layers), 4, 1), 0, dtype=torch.int32, device=x_NH.device)
     residual = kind(x_NH, layers[0].attn_norm)
-    few = len(x_NH) <= ROTATED_ROWS
     for layer, update, ready in zip(layers, updates, ready_L41.unbind(), strict=True):
         k_NKTD, v_NKTD = attention.k_LNKTD[layer.index], attention.v_LNKTD[layer.index]
         low_rank = {name: (update.get(name), rows.first_mask) for name in PROJECTIONS}
-        if isinstance(residual, FusedResidual) and few and layer.q_norm is None:
-            heads = Heads(cos_ND, sin_ND, k_NKTD, v_NKTD, rows)
-            qkv_NW = residual.project(layer.qkv, low_rank["qkv"], ready[0], heads=heads)
-        else:
-            qkv_NW = residual.project(layer.qkv, low_rank["qkv"], ready[0])
-            rotate_and_append(
-                qkv_NW,
-                cos_ND,
-                sin_ND,
-                k_NKTD,
-                v_NKTD,
-                rows,
-                None if layer.q_norm is None else layer.q_norm.weight,
-                None if layer.k_norm is None else layer.k_norm.weight,
-                decoder.config.rms_norm_eps,
-            )
+        heads = Heads(cos_ND, sin_ND, k_NKTD, v_NKTD, rows)
+        qkv_NW = residual.rotated(layer, low_rank["qkv"], ready[0], heads)
         attended_NX = attend(qkv_NW, k_NKTD, v_NKTD, rows, attention.window)
         residual.add(attended_NX, layer.o, low_rank["o"], ready[1], layer.mlp_norm)
-        inner_NI = residual.project(layer.gate_up, low_rank["gate_up"], ready[2], gated=True)
+        inner_NI = residual.gated(layer.gate_up, low_rank["gate_up"], ready[2])
         last = layer is layers[-1]
         norm = decoder.norm if last else layers[layer.index + 1].attn_norm
         residual.add(inner_NI, layer.down, low_rank["down"], ready[3], norm)
@@ -149,7 +150,7 @@ def _updates(decoder: Decoder, adapter: Adapter, *, merge: bool) -> _Updates:
         layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
         known[adapter] = [
             {
-                name: _low_rank(lora, getattr(layer, name) if merge else None)
+                name: _low_rank(lora, getattr(layer, name), merge=merge)
                 for name, lora in adapter.layer(layer.index).items()
             }
             for layer in layers
@@ -157,8 +158,9 @@ def _updates(decoder: Decoder, adapter: Adapter, *, merge: bool) -> _Updates:
     return known[adapter]
 
 
-def _low_rank(lora: LoraLinear, base: Linear | None) -> LowRank:
-    """The update, merged with ``base`` if there is one."""
+def _low_rank(lora: LoraLinear, base: Linear, *, merge: bool) -> LowRank:
+    """The update of ``base``, merged with it if wanted."""
     B_OZ = torch.cat([B.detach() for B in lora.B]) * lora.scale
-    low_rank = LowRank(lora.A.detach(), B_OZ, tuple(len(B) for B in lora.B))
-    return low_rank if base is None else low_rank.merged(base.weight.detach())
+    base_OI, A_ZI = base.weight.detach(), lora.A.detach()
+    low_rank = LowRank(A_ZI, B_OZ, tuple(len(B) for B in lora.B), stacked_SI=stacked(base_OI, A_ZI))
+    return low_rank.merged(base_OI) if merge else low_rank
