@@ -125,7 +125,7 @@ def test_is_the_projection_and_what_follows(
     check(Case(rows, masks, 40, CHECKS[check], rank, bias=bias, together=together))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.integers(1, 140), st.integers(0, 140), st.sampled_from((5, 129)))
 def test_any_number_of_rows_has_any_number_of_masks(rows: int, masks: int, outputs: int) -> None:
     check_gate(Case(rows, min(rows, masks), 24, (outputs, outputs), 20))
