@@ -45,29 +45,19 @@ class Product:
     @property
     def terms(self) -> tuple[torch.Tensor | int, ...]:
         """What every kernel is told first."""
-        N = len(self.y_NO)
-        bias_O = self.y_NO if self.bias_O is None else self.bias_O
+        y_NO, N = self.y_NO, len(self.y_NO)
+        base = y_NO, y_NO.stride(0)
+        bias_O = y_NO if self.bias_O is None else self.bias_O
         if self.z_MZ is None or self.B_OZ is None:
-            return self.y_NO, self.y_NO.stride(0), self.y_NO, 0, self.y_NO, bias_O, N, N
-        z_MZ = self.z_MZ
-        first_mask = N - len(z_MZ)
-        return (
-            self.y_NO,
-            self.y_NO.stride(0),
-            z_MZ,
-            z_MZ.stride(0),
-            self.B_OZ,
-            bias_O,
-            N,
-            first_mask,
-        )
+            return *base, y_NO, 0, y_NO, bias_O, N, N
+        update = self.z_MZ, self.z_MZ.stride(0), self.B_OZ
+        return *base, *update, bias_O, N, N - len(self.z_MZ)
 
     @property
     def kind(self) -> dict[str, Any]:
         """Constants of every kernel."""
         rank = 0 if self.B_OZ is None else self.B_OZ.shape[1]
-        itemsize = self.y_NO.itemsize
-        step = min(max(LEAST, triton.next_power_of_2(rank)), STEP_RANKS[itemsize])
+        step = min(max(LEAST, triton.next_power_of_2(rank)), STEP_RANKS[self.y_NO.itemsize])
         return {"BIAS": self.bias_O is not None, "RANK": rank, "STEP": step}
 
 
