@@ -172,7 +172,8 @@ def check_rotate(
     bound = BOUNDS[dtype]
     assert error(actual_NW[:, :width], expected_NW[:, :width].double()) < bound
     assert error(caches[0], caches[1].double()) < bound
-    assert torch.equal(caches[0] == 0, caches[1] == 0)  # nobody else's cells
+    touched = (caches != 0).any(-1)  # a number may be 0 by chance, not all of a head
+    assert torch.equal(touched[0], touched[1])  # nobody else's cells
 
 
 @pytest.mark.parametrize("norms", [True, False])

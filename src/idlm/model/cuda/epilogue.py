@@ -22,8 +22,8 @@ LEAST = 16  # outputs and ranks that the matrix units want
 # Ranks at a time, by bytes of an element: without matrix units, every product is an instruction.
 STEP_RANKS = {2: 128, 4: 32}
 # Rows and outputs of a program; one that makes pairs (gate and up, halves of a head) has both.
-PAIR_ROWS, PAIRS, PAIR_WARPS = 64, 64, 4
-ADD_ROWS, ADDED, ADD_WARPS = 32, 128, 4
+PAIR_ROWS, PAIRS, PAIR_WARPS = 64, 64, 8
+ADD_ROWS, ADDED, ADD_WARPS = 32, 256, 8
 
 
 @dataclass(frozen=True)
