@@ -19,6 +19,9 @@ from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.projection import project
 from idlm.model.cuda.tile import MIN_ROWS
 
+# Up to so many rows a projection with unmerged LoRA is one launch; else there are many small ones.
+FUSED_ROWS = 64
+
 
 class Product:
     """The product of one projection, on this rank.
@@ -72,7 +75,7 @@ class Product:
     ) -> torch.Tensor:
         """``[F, O]``."""
         low_rank = self._low_rank
-        few = low_rank.merged_OI is not None or len(x_FI) <= cuda_stack.FUSED_ROWS
+        few = low_rank.merged_OI is not None or len(x_FI) <= FUSED_ROWS
         if self._fuses and few:
             return project(
                 x_FI.contiguous(),

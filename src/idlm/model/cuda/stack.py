@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # are so small that launches cost more than arithmetic. It rounds elsewhere, so with bf16 a row may
 # come out otherwise than with fewer beside it. Mask rows have whole weights of their own, the
 # update merged in, where the weights are small.
-FUSED_ROWS = 64
+FUSED_ROWS = 16
 SMALL_WEIGHT = 1 << 22
 PROJECTIONS = ("qkv", "o", "gate_up", "down")
 
