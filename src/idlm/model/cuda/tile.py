@@ -10,11 +10,11 @@ import triton
 # The matrix units want 16 rows at least.
 MIN_ROWS = 16
 BOX_ROWS = 64  # tiles of so many rows are fetched as boxes; fewer gain nothing from it
-# Memory of a program that shares a multiprocessor with others, and of one that need not.
+# Memory of a program of few rows that shares a multiprocessor, of one of more rows, and the most.
 SHARED_BYTES, BOXES_BYTES, ALONE_BYTES = 65_536, 98_304, 131_072
+STEP_BYTES = 256  # of a row, at most: a step of 128 inputs is one of 64 in fp32
 PROGRAMS = 132  # multiprocessors, about
 ENOUGH = 100  # programs that keep most of them busy
-MOST_FEW, MOST_SOME = 3, 8  # tiles of the least height that few rows make, and some
 
 
 @dataclass(frozen=True)
@@ -38,50 +38,58 @@ def tile_of(
         modules: outputs of each; no tile has outputs of two.
         itemsize: bytes of an element.
     """
-    rows = sum(parts)
-    heavy = outputs * inputs >= 1 << 22  # its bytes are what it costs; else, that all wait
-    light = not heavy and tiles_of(parts, MIN_ROWS) <= MOST_SOME
-    deep, broad = inputs >= 1024, outputs >= 2048
-    if not light:
+    rows, tiles = sum(parts), tiles_of(parts, MIN_ROWS)
+    # What costs: of heavy products to read the weights, of others that all wait for one another.
+    heavy, broad, deep = outputs * inputs >= 1 << 22, outputs >= 2048, inputs >= 1024
+    few = rows <= (32 if broad else 64) if heavy else tiles <= 3
+    some = not heavy and 3 < tiles <= 8
+    many = not few and not some
+    if heavy or many:
         parts = (rows,)  # so it was measured
-    few = tiles_of(parts, MIN_ROWS) <= (MOST_FEW if light else 1)
-    some = light and not few
-    warps = 4
-    if few:
-        height, width, warps = MIN_ROWS, 32 if outputs >= (8192 if heavy else 2048) else 16, 2
-    elif some and broad:
-        height, width = MIN_ROWS if rows <= 64 else 64, 64
-    elif some and tiles_of(parts, 32) <= 2:
-        height, width = 32, 16
-    elif some and not deep and (len(modules) > 1 or tiles_of(parts, 64) <= 2):
-        height, width = MIN_ROWS, 64
-    elif not light and (rows <= 32 or (rows <= 64 and not broad)):
-        height, width = 32, 32
-    elif rows * outputs < 1 << 22:
-        height, tiles = 64, tiles_of(parts, 64)
-        widths = (128, 64) if itemsize == 2 else (64,)
-        width = next((w for w in widths if tiles * triton.cdiv(outputs, w) >= ENOUGH), 32)
-    else:
-        height, width, warps = 128, 128, 8
-    if len(modules) > 1:
-        width = min(width, gcd(*modules) & -gcd(*modules))
-    if few:
-        far = heavy or deep
-    else:
-        far = (height, width) == (64, 32) or (height == MIN_ROWS and not broad)
-    step = 128 if far and itemsize == 2 else 64
-    alone = tiles_of(parts, height) * triton.cdiv(outputs, width) <= PROGRAMS
-    # One program on a multiprocessor may have more of its memory than those that share one.
-    shared = _memory() if alone or height > BOX_ROWS else SHARED_BYTES
-    if some or height == BOX_ROWS:
-        shared = BOXES_BYTES
-    most = 6
-    if few and heavy:
-        most = 3 if not alone and width > 16 else 8
+    # No tile has outputs of two modules; a box has the most of which there are enough.
+    widest = gcd(*modules) & -gcd(*modules) if len(modules) > 1 else 128
+    box = min(widest, 64 if some and broad else _box(parts, outputs, itemsize))
+
+    # Rows, outputs and inputs of a step, warps, stages; the last two cases are boxes.
+    if heavy and rows <= 16 and outputs >= 8192 and widest >= 32:
+        cut = 16, 32, 128, 2, 3
+    elif heavy and rows <= 16:
+        cut = 16, 16, 128, 2, 8
+    elif heavy and few:
+        cut = 32, 32, 64, 4, 6
+    elif few and deep and itemsize == 2:
+        cut = 16, 32 if broad else 16, 128, 2, 5
     elif few:
-        most = 8 if step == 64 else 5
-    stages = min(most, triton.cdiv(inputs, step), shared // ((height + width) * step * itemsize))
-    return Tile(height, width, step, warps, max(2, stages))
+        cut = 16, 32 if broad else 16, 64, 2, 8
+    elif some and broad and rows <= 64:
+        cut = 16, 64, 64, 4, 6
+    elif some and not broad and tiles_of(parts, 32) == 2:
+        cut = 32, 16, 64, 4, 6
+    elif some and not (broad or deep) and (len(modules) > 1 or tiles_of(parts, 64) <= 2):
+        cut = 16, 64, 128, 4, 6
+    elif many and rows * outputs >= 1 << 22:
+        cut = 128, 128, 64, 8, 6
+    elif box == 32:
+        cut = 64, 32, 128, 4, 6
+    else:
+        cut = 64, box, 64, 4, 6
+
+    height, width, step, warps, stages = cut
+    width, step = min(width, widest), min(step, STEP_BYTES // itemsize)
+    # Stages are as many as there are steps and memory for.
+    if few:
+        alone = tiles_of(parts, height) * triton.cdiv(outputs, width) <= PROGRAMS
+        shared = _memory() if alone else SHARED_BYTES
+    else:
+        shared = BOXES_BYTES if height <= BOX_ROWS else _memory()
+    room = shared // ((height + width) * step * itemsize)
+    return Tile(height, width, step, warps, max(2, min(stages, triton.cdiv(inputs, step), room)))
+
+
+def _box(parts: tuple[int, ...], outputs: int, itemsize: int) -> int:
+    """Most outputs of a box of which there are enough to keep the GPU busy; 32 if there are not."""
+    tiles, widths = tiles_of(parts, BOX_ROWS), (128, 64) if itemsize == 2 else (64,)
+    return next((w for w in widths if tiles * triton.cdiv(outputs, w) >= ENOUGH), 32)
 
 
 def tiles_of(parts: tuple[int, ...], height: int) -> int:
