@@ -172,9 +172,10 @@ def measure(
         if _captured(engine) != captured:
             captured, calm = _captured(engine), time.perf_counter() + seconds
     ended.clear()
-    before, at_first, start = tokens(), engine.stats, time.perf_counter()
+    before, waited, start, steps = tokens(), engine.stats.waited, time.perf_counter(), 0
     while time.perf_counter() < start + seconds:
         step()
+        steps += 1
     torch.cuda.synchronize()
     elapsed = time.perf_counter() - start
     stats = sum((r.stats for r in (*alive, *ended)), DecodeStats())
@@ -186,8 +187,8 @@ def measure(
         "tpf": tpf,
         "acceptance_by_place": stats.acceptance_by_place,
         "compute_efficiency": tpf**2 * stats.forwards / max(stats.rows, 1),
-        "ms_per_step": elapsed / (engine.stats.forwards - at_first.forwards) * 1e3,
-        "host_share": 1 - (engine.stats.waited - at_first.waited) / elapsed,
+        "ms_per_step": elapsed / steps * 1e3,
+        "host_share": 1 - (engine.stats.waited - waited) / elapsed,
         "ttft_ms_p50": ttft[len(ttft) // 2] * 1e3 if ttft else None,
         "ttft_ms_p95": ttft[int(len(ttft) * 0.95)] * 1e3 if ttft else None,
         "plans": engine.stats.plans,

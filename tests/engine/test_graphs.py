@@ -50,7 +50,7 @@ class Again:
     """In place of a graph: what it would do, done again."""
 
     def __init__(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> None:
-        self.graph, self._run, self._inputs, self.seconds = self, run, inputs, 1e-3
+        self.graph, self._run, self._inputs, self.seconds = self, run, inputs, 1.0
 
     def replay(self) -> None:
         outcome = self._run()

@@ -20,7 +20,6 @@ from idlm.engine.engine import Engine
 from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 from idlm.engine.request import FinishReason, Phase, Request
 from idlm.errors import InvalidRequestError, ResourceError
-from tests.support.bursts import as_if_captured
 from tests.support.random_model import random_adapter, random_config, random_decoder
 from tests.support.tiny import tiny_model
 
@@ -74,7 +73,7 @@ def engine_of(
     rows, cpu = Layout.named(layout, stride), torch.device("cpu")
     method = Method(decoder, adapter if rows.num_masks else None, rows, rule)
     cache = KVCache(decoder.config, cpu, torch.float32, kv_cache_tokens, wanted=0)
-    engine = Engine(
+    return Engine(
         method,
         llm.tokenizer,
         cache=cache,
@@ -84,7 +83,6 @@ def engine_of(
         ahead=ahead,
         policy=policy,
     )
-    return as_if_captured(engine) if ahead else engine
 
 
 def run(engine: Engine, steps: int = 3000) -> None:

@@ -7,12 +7,10 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, cast
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from idlm import SamplingParams
-from idlm.engine.news import News
 from idlm.engine.request import Request
 from idlm.model.tokenizer import Tokenizer
 from idlm.server.tokens import Token, TokenTexts
@@ -38,10 +36,7 @@ def updates(tokens: list[int], groups: list[int], stop: list[str]) -> tuple[Requ
     for size in [*groups, len(tokens)]:
         own = rest[:size]
         if own:
-            drafts = len(own) - 1  # as if all but the last were
-            news = News([np.array([[*own, drafts, drafts, *[0] * drafts]])], rows=1)
-            request.logprobs += [{}] * len(own)
-            request.take(own, news, 0)
+            request.take(own, (len(own), len(own) - 1, 0.0, 1), [{}] * len(own))
         rest = rest[size:]
         update = job.news()
         if update is not None:

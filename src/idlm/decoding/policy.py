@@ -64,15 +64,6 @@ class Policy:
         self.chosen[f"{plan.name}:{plan.stride}"] += 1
         return plan
 
-    def stay(self, requests: int, most: int) -> int:
-        """Of ``most`` further forwards, how many have the same plan before it is asked again."""
-        size = _size(requests)
-        plan, left = self._current[size]
-        more = min(most, left)
-        self._current[size] = (plan, left - more)
-        self.chosen[f"{plan.name}:{plan.stride}"] += more
-        return more
-
     def current(self, requests: int) -> Layout:
         """The plan of the last forward of about so many requests."""
         return self._current[_size(requests)][0]
@@ -107,15 +98,21 @@ class Policy:
 
     def tokens(self, plan: Layout) -> float:
         """Tokens that a forward is expected to bring."""
-        return _tokens(plan, self.acceptance())
+        stood, drafts = 1.0, 0.0
+        for chance in self.acceptance()[: plan.block_size]:
+            stood *= chance
+            drafts += stood
+        if plan.name == "linear":
+            # After a rejection comes a forward without drafts, after which there are some again.
+            return 1.0 + drafts / (2.0 - stood)
+        return 1.0 + drafts
 
     def _known(self, size: int, plan: Layout) -> bool:
         return self._tries[size, plan] >= TRIES
 
     def _best(self, size: int, current: Layout) -> Layout:
-        chances = self.acceptance()
         rates = {
-            plan: _tokens(plan, chances) / self._seconds[size, plan]
+            plan: self.tokens(plan) / self._seconds[size, plan]
             for plan in self.plans
             if self._known(size, plan)
         }
@@ -125,7 +122,7 @@ class Policy:
             if plan in rates:
                 before = known[-1][1] if known else 0.0
                 known.append((plan.num_rows, max(before, self._seconds[size, plan])))
-            elif not known or _tokens(plan, chances) / _least(known, plan.num_rows) > best * BETTER:
+            elif not known or self.tokens(plan) / _least(known, plan.num_rows) > best * BETTER:
                 return plan
         first = rates[self.plans[0]]
         # To stay with what is a little worse than another plan is all right, but not than the one
@@ -133,18 +130,6 @@ class Policy:
         if current in rates and best <= rates[current] * BETTER and rates[current] >= first:
             return current
         return max(rates, key=lambda plan: rates[plan])
-
-
-def _tokens(plan: Layout, chances: Sequence[float]) -> float:
-    """Tokens that a forward brings if a draft at each place stands with these chances."""
-    stood, drafts = 1.0, 0.0
-    for chance in chances[: plan.block_size]:
-        stood *= chance
-        drafts += stood
-    if plan.name == "linear":
-        # After a rejection comes a forward without drafts, after which there are some again.
-        return 1.0 + drafts / (2.0 - stood)
-    return 1.0 + drafts
 
 
 def _least(known: Sequence[tuple[int, float]], rows: int) -> float:

@@ -10,7 +10,6 @@ import torch
 
 from idlm.decoding.cycle import Method, State
 from idlm.decoding.sampling import Sampling
-from idlm.engine.blocks import BlockPool
 from idlm.engine.commit import Commit
 from idlm.engine.request import Place, Request
 from idlm.engine.runner import Runner
@@ -30,19 +29,12 @@ class Batch:
     def __init__(self, runner: Runner) -> None:
         self.requests: list[Request] = []
         self._runner = runner
-        self._wanted: list[Request] = []  # what it was last told to be, if it still is
         self._state: State | None = None
         self._sampling: Sampling | None = None
         self._table: Table | None = None
 
     def become(self, requests: Sequence[Request]) -> None:
         """Let ``requests`` be the batch; who leaves unfinished takes its state along."""
-        if requests == self._wanted:
-            return
-        self._arrange(requests)
-        self._wanted = list(requests)
-
-    def _arrange(self, requests: Sequence[Request]) -> None:
         wanted, present = set(requests), set(self.requests)
         gone = [request for request in self.requests if request not in wanted]
         if wanted <= present and (not gone or self._may_keep(gone)):
@@ -69,7 +61,7 @@ class Batch:
         assert self._state is not None
         if self._sampling is None or self._table is None:
             self._sampling = self._runner.sampling(self.requests)
-            self._table = Table(self.requests, self._runner.pool, self._runner.device)
+            self._table = Table(self.requests, self._runner.device)
         launch = self._runner.decode(
             method, self.requests, self._table.now(), self._state, self._sampling
         )
@@ -105,39 +97,32 @@ class Batch:
         return self._runner.select(self._state, rows)
 
     def _set(self, requests: list[Request], states: list[State]) -> None:
-        self.requests = requests  # never changed in place: what was launched refers to it
+        self.requests = requests
         self._state = State.cat(states) if states else None
         self._sampling = self._table = None
-        self._wanted = []
 
 
 class Table:
     """``table_BP`` of some requests, whose leases grow."""
 
-    def __init__(self, requests: Sequence[Request], pool: BlockPool, device: torch.device) -> None:
-        self._leases, self._pool, self._device = [r.lease for r in requests], pool, device
-        self._changes = -1  # of the pool, when the table was last made
+    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
+        self._leases, self._device = [r.lease for r in requests], device
         self._lengths = [0] * len(requests)
         self._host_BP = np.zeros((len(requests), 0), np.int32)
         self._table_BP: torch.Tensor | None = None
 
     def now(self) -> torch.Tensor:
         """The blocks of each request, int32, filled up with block 0; new only if one has grown."""
-        if self._table_BP is not None and self._changes == self._pool.changes:
-            return self._table_BP
-        self._changes = self._pool.changes
         lengths = [len(lease.ids) for lease in self._leases]
         if self._table_BP is not None and lengths == self._lengths:
             return self._table_BP
-        most, host_BP = max(lengths), self._host_BP
-        if most > host_BP.shape[1]:
-            self._host_BP = np.zeros((len(lengths), 2 * most), np.int32)
-            self._host_BP[:, : host_BP.shape[1]] = host_BP
-            host_BP = self._host_BP
+        most = max(lengths)
+        if most > self._host_BP.shape[1]:
+            self._host_BP = np.pad(self._host_BP, ((0, 0), (0, most - self._host_BP.shape[1])))
         for row, (before, now) in enumerate(zip(self._lengths, lengths, strict=True)):
             if now != before:
-                host_BP[row, before:now] = self._leases[row].ids[before:]
-                host_BP[row, now:before] = 0
+                self._host_BP[row, before:now] = self._leases[row].ids[before:]
+                self._host_BP[row, now:before] = 0
         self._lengths = lengths
-        self._table_BP = upload(host_BP[:, :most], self._device)
+        self._table_BP = upload(self._host_BP, self._device)
         return self._table_BP

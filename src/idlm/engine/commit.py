@@ -1,4 +1,4 @@
-"""What a forward brings, on its way to the host."""
+"""What a forward brought, on its way to the host, and how requests get it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from idlm.decoding.cycle import State
 from idlm.engine.logprobs import logprobs_of
-from idlm.engine.request import Logprob, Request
+from idlm.engine.request import Forward, Logprob, Request
 from idlm.model.tokenizer import Tokenizer
 
 
@@ -36,15 +35,10 @@ class Launch:
 
 
 class Commit:
-    """The tokens that a launch brings to ``requests``, its rows.
-
-    Attributes:
-        kind: the same for those that can be read together.
-    """
+    """The tokens that a launch brings to ``requests``, its rows."""
 
     def __init__(self, requests: Sequence[Request], launch: Launch) -> None:
-        self.requests, self.seconds, self.rows = requests, launch.seconds, launch.rows
-        self.kind = id(requests), launch.rows, launch.packed_BX.shape[1]
+        self.requests, self.seconds = list(requests), launch.seconds
         self._launch = launch
         self._packed_BX = launch.packed_BX.to("cpu", non_blocking=True)
         self._copied: torch.cuda.Event | None = None
@@ -59,17 +53,28 @@ class Commit:
             self._copied.synchronize()
         return time.perf_counter() - start
 
-    def packed(self) -> npt.NDArray[np.int64]:
-        """``packed_BX`` of the launch; after `wait`, and only while the commit is kept."""
-        return self._packed_BX.numpy()
+    def news(self) -> list[tuple[list[int], Forward]]:
+        """For each request the tokens that it may take, and how they came to be; after `wait`."""
+        packed_BX, rows = self._packed_BX.numpy(), self._launch.rows
+        N = (packed_BX.shape[1] - 1) // 2
+        accepted_B, drafted_B = packed_BX[:, N], packed_BX[:, N + 1]
+        overlap_BM = packed_BX[:, N + 2 :].astype(np.int32).view(np.float32)
+        reached_B = np.minimum(accepted_B + 1, drafted_B)
+        overlap_B = overlap_BM.sum(1, where=np.arange(N - 1) < reached_B[:, None])
+        packed = zip(packed_BX[:, : N + 2].tolist(), overlap_B.tolist(), strict=True)
+        return [(x[: x[N] + 1], (x[N + 1], x[N], overlap, rows)) for x, overlap in packed]
 
-    def logprobs(self, row: int, tokenizer: Tokenizer) -> list[dict[int, Logprob]]:
-        """For each new token of a request, its log-probability and the likeliest, if wanted."""
+    def logprobs(
+        self, row: int, count: int, tokenizer: Tokenizer
+    ) -> list[dict[int, Logprob]] | None:
+        """For each of ``count`` new tokens, its log-probability and the likeliest, if wanted."""
         top = self.requests[row].params.logprobs
         if top is None:
-            return []
+            return None
         assert self._launch.logits_BNV is not None
-        packed_BX = self._launch.packed_BX
-        count = int(packed_BX[row, (packed_BX.shape[1] - 1) // 2]) + 1
-        logits_NV = self._launch.logits_BNV[row, :count]
-        return logprobs_of(logits_NV, packed_BX[row, :count], top, tokenizer)
+        return logprobs_of(
+            self._launch.logits_BNV[row, :count],
+            self._launch.packed_BX[row, :count],
+            top,
+            tokenizer,
+        )

@@ -6,10 +6,9 @@ import itertools
 import logging
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 
 import torch
 
@@ -23,8 +22,7 @@ from idlm.engine.commit import Commit
 from idlm.engine.grammar import grammars_of
 from idlm.engine.graphs import text_requests, text_size
 from idlm.engine.kv_cache import KVCache
-from idlm.engine.news import News
-from idlm.engine.request import Phase, Place, Request
+from idlm.engine.request import Forward, Place, Request
 from idlm.engine.runner import Runner
 from idlm.engine.scheduler import Scheduler
 from idlm.engine.stats import EngineStats
@@ -37,13 +35,6 @@ logger = logging.getLogger(__name__)
 # A forward for prompts costs about what one for the others does: with requests of some 100 tokens
 # this many cost about as much by waiting as they save.
 GATHER, GATHER_STEPS = 8, 16
-# Forwards that are launched in one go where nobody could join, and seconds that they take at most:
-# for so long a stream sees nothing new and who arrives is not noticed.
-BURST, BURST_SECONDS = 4, 4e-3
-# Requests for each one that may reach its limit on tokens in a burst, and then idles to its end.
-FEW = 16
-# Tokens that requests get blocks for at a time: a GPU has to be told of new ones.
-AT_ONCE = 64
 # Of a forward's time on the device, what a step is taken to last at most: more is a disturbance.
 MOST_HOST = 4.0
 # Enough for a policy to try what is worth a try.
@@ -57,11 +48,10 @@ class Engine:
         cache: keys and values; engines that share it take turns in one thread.
         max_batch: requests that run at once; more wait.
         chunk: tokens of prompts that run in one step.
-        ahead: launch forwards before the tokens of the last ones are read, so that the device
-            never waits for the host, and several in one go where nobody could join; None: on CUDA.
-            A request that has ended takes part in those that were launched by then; nothing of
-            them is kept. Grammars, penalties and log-probabilities need the tokens first: beside
-            them nothing is launched ahead.
+        ahead: launch a forward before the tokens of the last one are read, so that the device
+            never waits for the host; None: on CUDA. A request that ended a forward ago has then
+            taken part in one more, of which nothing is kept. Grammars, penalties and
+            log-probabilities need the tokens first: beside them nothing is launched ahead.
         policy: chooses the layout of every forward in place of the method's own.
     """
 
@@ -83,28 +73,23 @@ class Engine:
         self._context = config.max_position_embeddings
         self._ahead = device.type == "cuda" if ahead is None else ahead
         layouts = [method.layout, *(policy.plans if policy else ())]
-        self._rows = max(x.num_rows for x in layouts)
-        self._stride = max(x.stride for x in layouts)
-        rows = self._rows + self._stride * self._ahead
+        rows = max(x.num_rows for x in layouts)
+        rows += max(x.stride for x in layouts) if self._ahead else 0
         # With the rows in flight a request has to fit into all blocks there are.
         self._room = cache.pool.capacity - rows
         self._eos = frozenset(config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
         self._grammars = grammars_of(tokenizer, config.vocab_size, self._eos)
         self._ids = itertools.count()
-        self._forwards = self._failed_forwards = self._gathering = 0
-        self._waited = 0.0
+        self._failed_forwards, self._waited, self._gathering = 0, 0.0, 0
         self._pool, self._beside = cache.pool, cache.beside
-        self._scheduler = Scheduler(cache.pool, max_batch, rows, AT_ONCE * self._ahead)
-        longest = min(self._context, self._room) + rows + 2 * BURST * self._stride
-        longest += AT_ONCE + text_size(chunk)
+        self._scheduler = Scheduler(cache.pool, max_batch, rows)
+        longest = min(self._context, self._room) + rows + text_size(chunk)
         table_width = -(-longest // cache.pool.block_tokens)
         places = max(x.block_size for x in layouts)
         self._runner = Runner(method, cache, self._grammars, device, table_width, places)
         self._policy = policy
         self._method_of = {x: replace(method, layout=x) for x in layouts}
-        # The last burst, how many forwards it was and when it began, if nothing came since.
-        self._began: tuple[Layout, int, float] | None = None
-        self._seconds = 0.0  # that the last forward takes the device, if it is known
+        self._began: tuple[Layout, float] | None = None  # the last forward, if nothing came since
         self._batch = Batch(self._runner)
         self._flights: deque[Commit] = deque()  # launched and not read, the oldest first
 
@@ -201,7 +186,6 @@ class Engine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             preemptions=scheduler.preemptions,
             evictions=pool.evictions,
-            forwards=self._forwards,
             failed_forwards=self._failed_forwards,
             waited=self._waited,
             plans=dict(self._policy.chosen) if self._policy else {},
@@ -209,7 +193,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """At most one burst of decoding cycles of those that run and one chunk of prompts.
+        """At most one decoding cycle of those that run and one chunk of prompts.
 
         A cycle that raises is tried again for each request alone; one that raises alone ends its
         request with the finish reason ``error``.
@@ -219,22 +203,16 @@ class Engine:
         """
         moved: list[Request] = []
         self._beside.join()
-        gathers = self._gathers()
-        times = self._burst(gathers)
-        if times > 1 and not self._make_room(times):
-            times = 1
-        if times == 1 and not self._make_room(1):
+        if not self._scheduler.grow():
             moved = self._read(len(self._flights))  # who has to leave leaves with all its tokens
             self._scheduler.preempt()
-        elif not gathers:
+        elif self._gathered():
             self._scheduler.admit()
-        self._gathering = self._gathering + times if gathers else 0
         self._batch.become(self._scheduler.running)
         due = len(self._flights)
         if self._batch.requests:
-            moved += [r for r in self._batch.requests if r.phase is not Phase.FINISHED]
-            # The rest is left in flight: the next burst is launched while it runs.
-            due += self._decode(self._batch, times) // 2
+            moved += [request for request in self._batch.requests if not request.finished]
+            self._decode(self._batch)
         if self._scheduler.prefilling:
             with self._beside.prompts():
                 moved += self._run_texts()
@@ -246,84 +224,53 @@ class Engine:
             self._began = None
         return list(dict.fromkeys(moved))
 
-    def _burst(self, gathers: bool) -> int:
-        """Forwards to launch before the host looks again: one, if somebody could join."""
-        s = self._scheduler
-        # What the host launches kernel by kernel takes it as long as the device.
-        times = min(BURST, int(BURST_SECONDS / self._seconds)) if self._seconds else 1
-        joins = s.prefilling is not None or (self._joiners > 0 and not gathers)
-        if times < 2 or not self._ahead or joins or any(r.host_bound for r in s.running):
-            return 1
-        left = sorted(r.max_tokens - len(r.token_ids) for r in s.running)
-        if left:
-            plan = self._policy.current(len(left)) if self._policy else self.method.layout
-            times = min(times, left[len(left) // FEW] // plan.stride - len(self._flights))
-        return max(times, 1)
-
-    def _make_room(self, times: int) -> bool:
-        """Let those that run have blocks for so many forwards; whether there are enough."""
-        # Of one request never more than a burst leaves: others' prompts are in flight, too.
-        unread = min(len(self._flights), BURST - BURST // 2)
-        committed = (unread + times - 1) * self._stride
-        return self._scheduler.grow(committed + self._rows)
-
-    def _gathers(self) -> bool:
-        """Whether those that could join now wait for more.
+    def _gathered(self) -> bool:
+        """Whether to begin with those that wait now.
 
         On a GPU a forward for one prompt takes as long as for many: a few wait for each other.
         """
         running = len(self._scheduler.running)
-        few = 0 < self._joiners * GATHER < running
-        return self._ahead and few and self._gathering < GATHER_STEPS
+        could = min(len(self._scheduler.waiting), self.max_batch - running)
+        self._gathering = self._gathering + 1 if could > 0 else 0
+        if self._ahead and could * GATHER < running and self._gathering <= GATHER_STEPS:
+            return False
+        self._gathering = 0
+        return True
 
-    @property
-    def _joiners(self) -> int:
-        """Requests that wait and for which there is a place."""
-        s = self._scheduler
-        return min(len(s.waiting), self.max_batch - len(s.running))
-
-    def _decode(self, batch: Batch, times: int = 1) -> int:
-        """Begin up to so many forwards of ``batch``; how many of them, if none failed."""
+    def _decode(self, batch: Batch) -> None:
         requests = batch.requests
         try:
-            return self._launch(batch, times)
+            self._launch(batch)
         except Exception as error:
             self._failed_forwards += 1
             self._beside.join()  # nothing runs beside what is left of it
             self._read(len(self._flights))  # what came before it counts
             if len(requests) == 1:
                 self._fail(requests[0], error)
-                return 0
+                return
             logger.warning("A forward of %d requests failed; each is tried alone.", len(requests))
             batches = [alone for alone in batch.alone() if not alone.requests[0].finished]
             for alone in batches:
                 self._decode(alone)
             batch.join(batches)
-            return 0
 
-    def _launch(self, batch: Batch, times: int) -> int:
-        """Begin up to so many forwards of ``batch``, by the plan that is best for it."""
+    def _launch(self, batch: Batch) -> None:
+        """Begin a forward of ``batch``, by the plan that is best for it."""
         self._beside.cycle()
-        method, size = self.method, len(batch.requests)
-        if self._policy is not None:
-            method = self._method_of[self._policy.choose(size)]
-            times = 1 + self._policy.stay(size, times - 1)
-        start = time.perf_counter()
-        for _ in range(times):
-            self._flights.append(batch.launch(method))
-            self._forwards += 1
-        self._seconds = self._flights[-1].seconds or 0.0
         if self._policy is None:
-            return times
+            self._flights.append(batch.launch(self.method))
+            return
+        size = len(batch.requests)
+        plan, start = self._policy.choose(size), time.perf_counter()
+        commit = batch.launch(self._method_of[plan])
+        self._flights.append(commit)
         # Without a graph, the host is busy for as long as the forward takes.
-        seconds = self._seconds or (time.perf_counter() - start) / times
-        if self._seconds and self._began is not None and self._began[0] == method.layout:
+        seconds = commit.seconds or time.perf_counter() - start
+        if commit.seconds is not None and self._began is not None and self._began[0] == plan:
             # What a graph takes is not all: the host may need longer for what it brings.
-            _, before, began = self._began
-            seconds = max(seconds, min((start - began) / before, MOST_HOST * seconds))
-        self._began = method.layout, times, start
-        self._policy.took(size, method.layout, seconds)
-        return times
+            seconds = max(seconds, min(start - self._began[1], MOST_HOST * seconds))
+        self._began = plan, start
+        self._policy.took(size, plan, seconds)
 
     def _run_texts(self) -> list[Request]:
         """Run a chunk of what is not cached; whose text is cached decodes from then on."""
@@ -401,33 +348,30 @@ class Engine:
     def _read(self, count: int) -> list[Request]:
         """Give requests what the oldest ``count`` launches brought; those that got something."""
         given: list[Request] = []
-        commits = [self._flights.popleft() for _ in range(min(count, len(self._flights)))]
-        for _, group in groupby(commits, lambda commit: commit.kind):
-            given += self._give(list(group))
-        return given
-
-    def _give(self, commits: Sequence[Commit]) -> list[Request]:
-        """The same for forwards of the same requests."""
-        requests = commits[0].requests
-        self._waited += commits[-1].wait()
-        news = News([commit.packed() for commit in commits], commits[0].rows)
-        rows = [row for row, r in enumerate(requests) if r.phase is not Phase.FINISHED]
-        given = [requests[row] for row in rows]
-        tokens, ends = news.tokens()
-        for row, request in zip(rows, given, strict=True):
-            try:
-                if request.by_hand:
-                    for commit in commits:
-                        request.logprobs += commit.logprobs(row, self.tokenizer)
-                request.take(tokens[ends[row] : ends[row + 1]], news, row)
-            except Exception as error:
-                self._blame(request, error)
-        for request in given:
-            if request.phase is Phase.FINISHED:
-                self._scheduler.remove(request)
-        if self._policy is not None:
-            for outcome in news.outcomes(rows):
-                self._policy.saw(*outcome)
+        for _ in range(min(count, len(self._flights))):
+            commit = self._flights.popleft()
+            self._waited += commit.wait()
+            got: list[Request] = []
+            forwards: list[Forward] = []
+            for row, (tokens, forward) in enumerate(commit.news()):
+                request = commit.requests[row]
+                if request.finished:
+                    continue
+                try:
+                    request.take(tokens, forward, commit.logprobs(row, len(tokens), self.tokenizer))
+                    request.cached = request.num_tokens - 1
+                except Exception as error:
+                    self._blame(request, error)
+                got.append(request)
+                forwards.append(forward)
+            for request in got:
+                if request.finished:
+                    self._scheduler.remove(request)
+            given += got
+            if self._policy is not None:
+                tested = Counter((drafted, accepted) for drafted, accepted, _, _ in forwards)
+                for outcome, times in tested.items():
+                    self._policy.saw(*outcome, times)
         return given
 
     def _keep(self, request: Request, cached: int) -> None:

@@ -13,7 +13,6 @@ from idlm.decoding.metrics import DecodeStats
 from idlm.decoding.params import SamplingParams
 from idlm.engine.blocks import Lease
 from idlm.engine.grammar import Grammar
-from idlm.engine.news import News
 from idlm.model.tokenizer import Detokenizer, Tokenizer
 
 
@@ -55,6 +54,11 @@ class Logprob:
     decoded_token: str
 
 
+# Drafts that a forward tested, those that stood, their overlap, and its rows: what
+# `DecodeStats.forward` counts.
+Forward = tuple[int, int, float, int]
+
+
 class Place(NamedTuple):
     """One of the requests that ``state`` is of."""
 
@@ -62,7 +66,7 @@ class Place(NamedTuple):
     row: int
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Request:
     """A prompt, its parameters and all that has come of it so far.
 
@@ -103,10 +107,7 @@ class Request:
     preemptions: int = 0
     by_hand: bool = field(init=False)
     host_bound: bool = field(init=False)
-    _watched: bool = field(init=False)  # a stop string or a grammar may end it: look at each token
-    # Not in sources and stats yet: what forwards brought, and which row of that it was.
-    _news: list[News] = field(default_factory=list)
-    _rows: list[int] = field(default_factory=list)
+    _forwards: list[Forward] = field(default_factory=list)  # not in sources and stats yet
     _sources: list[Source] = field(default_factory=list)
     _stats: DecodeStats = field(default_factory=DecodeStats)
     _text: str = ""
@@ -117,7 +118,6 @@ class Request:
         params = self.params
         self.by_hand = params.constrained or params.logprobs is not None
         self.host_bound = self.by_hand or params.penalised
-        self._watched = bool(params.stop) or self.grammar is not None
 
     @classmethod
     def create(
@@ -209,26 +209,30 @@ class Request:
         self._count()
         return self._stats
 
-    def take(self, tokens: Sequence[int], news: News, row: int) -> None:
-        """Take the ``tokens`` of its ``row`` of ``news``, up to one that ends the request.
-
-        All but the last are cached by then.
-        """
-        self._news.append(news)
-        self._rows.append(row)
+    def take(
+        self,
+        tokens: Sequence[int],
+        forward: Forward,
+        logprobs: Sequence[dict[int, Logprob]] | None = None,
+    ) -> None:
+        """Take what ``forward`` committed, up to a token that ends the request."""
+        self._forwards.append(forward)
+        if logprobs is not None:
+            self.logprobs += logprobs
+        # Only where a stop string or a grammar may end it does each token have to be looked at.
         if (
             len(self.token_ids) + len(tokens) < self.max_tokens
             and self.stop_token_ids.isdisjoint(tokens)
-            and not self._watched
+            and not self.params.stop
+            and self.grammar is None
         ):
             self.token_ids += tokens
-        else:
-            for token in tokens:
-                self.token_ids.append(token)
-                self._look_at(token)
-                if self.finished:
-                    break
-        self.cached = len(self.prompt_token_ids) + len(self.token_ids) - 1
+            return
+        for token in tokens:
+            self.token_ids.append(token)
+            self._look_at(token)
+            if self.finished:
+                return
 
     def abort(self) -> None:
         """End the request where it stands."""
@@ -301,15 +305,11 @@ class Request:
 
     def _count(self) -> None:
         """Bring sources and stats up to date; seldom asked for while forwards are many."""
-        for news, row in zip(self._news, self._rows, strict=True):
-            for drafted, accepted, overlap, rows in news.forwards(row):
-                if len(self._sources) >= len(self.token_ids):
-                    break  # it had ended by then
-                self._stats.forward(drafted, accepted, overlap, rows)
-                last = Source.CORRECTION if accepted < drafted else Source.SAMPLED
-                self._sources += [*[Source.DRAFT] * accepted, last]
-        self._news.clear()
-        self._rows.clear()
+        for drafted, accepted, overlap, rows in self._forwards:
+            self._stats.forward(drafted, accepted, overlap, rows)
+            last = Source.CORRECTION if accepted < drafted else Source.SAMPLED
+            self._sources += [*[Source.DRAFT] * accepted, last]
+        self._forwards.clear()
         del self._sources[len(self.token_ids) :]
 
 

@@ -46,7 +46,7 @@ class Runner:
         table_width: int,
         places: int,
     ) -> None:
-        self.method, self.device, self.pool = method, device, cache.pool
+        self.method, self.device = method, device
         self._cache, self._grammars = cache, grammars
         self._graphs: Graphs | None = None
         if device.type == "cuda":

@@ -23,17 +23,14 @@ class Scheduler:
         max_batch: requests that run at once.
         num_rows: in-flight rows of one forward, and tokens of those that are launched ahead; a
             request holds blocks for them too.
-        at_once: tokens for which those that run get blocks beyond what they need, all at the same
-            time, while there are plenty.
     Attributes:
         waiting: in the order in which they will be admitted.
         prefilling: the one whose text is being run.
         running: those that decode, first come first.
     """
 
-    def __init__(self, pool: BlockPool, max_batch: int, num_rows: int, at_once: int) -> None:
+    def __init__(self, pool: BlockPool, max_batch: int, num_rows: int) -> None:
         self.pool, self.max_batch, self.num_rows = pool, max_batch, num_rows
-        self.at_once = at_once
         self.waiting: list[Request] = []
         self.prefilling: Request | None = None
         self.running: list[Request] = []
@@ -59,13 +56,11 @@ class Scheduler:
         for request in [*self.waiting, *self.running, *filter(None, [self.prefilling])]:
             self.remove(request)
 
-    def grow(self, more: int) -> bool:
-        """Make room for ``more`` tokens of those that run; whether there is room for all."""
-        pool, size = self.pool, self.pool.block_tokens
+    def grow(self) -> bool:
+        """Make room for the next forward of those that run; whether there is room for all."""
+        more, size = self.num_rows, self.pool.block_tokens
         short = [r for r in self.running if r.cached + more > len(r.lease.ids) * size]
-        if short and pool.available * size > 2 * len(self.running) * (more + self.at_once):
-            short, more = self.running, more + self.at_once
-        return all(pool.grow(request.lease, request.cached + more) for request in short)
+        return all(self._has_room(request) for request in short)
 
     def preempt(self) -> None:
         """Let requests leave until there is room for the next forward of those that run.

@@ -14,7 +14,6 @@ class EngineStats:
         prefix_hit_tokens: of prompts, found in the cache when a request was first admitted.
         preemptions: times that a request had to leave because blocks ran out.
         evictions: cached blocks that nobody held and whose place was needed.
-        forwards: decoding cycles that were launched.
         failed_forwards: those that raised; each request of one was then tried alone.
         plans: forwards of each layout and stride (``quadratic:4``) that a policy chose.
         waited: seconds for which the host had nothing to do but to wait for the device.
@@ -27,7 +26,6 @@ class EngineStats:
     prefix_hit_tokens: int
     preemptions: int
     evictions: int
-    forwards: int
     failed_forwards: int
     waited: float
     plans: dict[str, int]
