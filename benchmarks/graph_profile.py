@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import repeat
 
 import torch
-from random_models import DEVICE, DTYPE, RANK, random_model
+from random_models import DEVICE, DTYPE, RANK, bandwidth, random_model
 
 from idlm import SamplingParams
 from idlm.decoding.cycle import Method, State
@@ -78,23 +78,6 @@ def profile(graph: torch.cuda.CUDAGraph, kernels: int) -> None:
         times = calls[name] / REPLAYS
         own = alone[name] / times
         print(f"   {us:8.1f} us {times:5.0f}x {us / times:8.2f} {own:8.2f}  {name[:60]}")
-
-
-def bandwidth(gibibytes: int = 4) -> tuple[float, float]:
-    """GB/s of a large copy (read and written bytes) and of a large sum (read bytes)."""
-    source = torch.zeros(gibibytes << 28, dtype=torch.float32, device=DEVICE)
-    target = torch.empty_like(source)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    speeds = []
-    for run, factor in ((lambda: target.copy_(source), 2), (source.sum, 1)):
-        run()
-        events[0].record()
-        for _ in range(5):
-            run()
-        events[1].record()
-        events[1].synchronize()
-        speeds.append(5 * factor * source.nbytes / events[0].elapsed_time(events[1]) / 1e6)
-    return speeds[0], speeds[1]
 
 
 @torch.inference_mode()

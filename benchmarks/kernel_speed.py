@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from random_models import DEVICE, DTYPE, RANK, config, random_model
+from random_models import DEVICE, DTYPE, RANK, bandwidth, config, random_model
 
 from idlm.decoding.layout import Layout, row_tables
 from idlm.model.adapter import Adapter
@@ -331,13 +331,6 @@ def without_updates(adapter: Adapter) -> Adapter:
     return bare.freeze()
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second of a large copy, counted read and written."""
-    a = torch.randn(1 << 30, device=DEVICE, dtype=torch.bfloat16)
-    b = torch.empty_like(a)
-    return 4 * a.numel() / microseconds(lambda: b.copy_(a)) * 1e6
-
-
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -371,12 +364,12 @@ def main() -> None:
         for worker in workers:
             worker.wait(timeout=max(end - time.monotonic(), 1))
         print("compiled", round(end - time.monotonic(), 1), "s left", flush=True)
-    bandwidth = copy_bandwidth()
-    report({"what": "copy", "GBps": bandwidth / 1e9, "device": torch.cuda.get_device_name()})
+    speed = bandwidth()[0] * 1e9
+    report({"what": "copy", "GBps": speed / 1e9, "device": torch.cuda.get_device_name()})
     BATCHES[:] = map(int, args.batches.split(","))
     sections: dict[str, Callable[[float], None]] = {
-        "135M": lambda until: time_layers("135M", report, until, bandwidth),
-        "8B": lambda until: time_layers("8B", report, until, bandwidth),
+        "135M": lambda until: time_layers("135M", report, until, speed),
+        "8B": lambda until: time_layers("8B", report, until, speed),
         "attention": lambda until: time_attention(report, until),
         "projections": lambda until: time_projections(report, until),
     }

@@ -54,3 +54,23 @@ def random_model(name: str) -> tuple[Decoder, Adapter]:
                     parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5)
     cuda_stack.prepare(decoder.requires_grad_(False).eval(), adapter.freeze())
     return decoder, adapter
+
+
+def bandwidth(gibibytes: int = 4) -> tuple[float, float]:
+    """GB/s of a large copy (read and written bytes) and of a large sum (read bytes).
+
+    Launched as they are: a copy within a captured graph is another engine's, and slower.
+    """
+    source = torch.randn(gibibytes << 28, device=DEVICE)  # zeros would be faster
+    target = torch.empty_like(source)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    speeds = []
+    for run, factor in ((lambda: target.copy_(source), 2), (source.sum, 1)):
+        run()
+        events[0].record()
+        for _ in range(5):
+            run()
+        events[1].record()
+        events[1].synchronize()
+        speeds.append(5 * factor * source.nbytes / events[0].elapsed_time(events[1]) / 1e6)
+    return speeds[0], speeds[1]
