@@ -16,6 +16,7 @@ import triton.language as tl
 from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.overlap import overlap, wait
 from idlm.model.cuda.projection import Heads
+from idlm.model.cuda.projection_kernel import squares_of
 from idlm.model.cuda.stream import Stream
 
 LEAST = 16  # outputs and ranks that the matrix units want
@@ -236,17 +237,6 @@ def _sums(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _squares(squares_ptr, rows, N, parts, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sums of squares of the parts of these rows."""
-    part = tl.arange(0, PARTS)[None, :]
-    return tl.load(
-        squares_ptr + rows[:, None] * parts + part,
-        mask=(rows < N)[:, None] & (part < parts),
-        other=0.0,
-    )
-
-
-@triton.jit
 def _shrink(squares, eps, I: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: E741
     """What the norm multiplies these rows by."""
     mean = tl.sum(squares, 1).to(tl.float32) / I
@@ -284,7 +274,7 @@ def _gate(  # type: ignore[no-untyped-def]
     outputs = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     real = outputs < width
     wait(OVERLAP)
-    squares = _squares(squares_ptr, rows, N, parts, PARTS)
+    squares = squares_of(squares_ptr, rows, rows < N, parts, PARTS)
     gate = _sums(
         y_ptr,
         y_stride,
@@ -388,7 +378,7 @@ def _rotate(  # type: ignore[no-untyped-def]
     outputs = head * D + lane
     kind = qkv_ptr.dtype.element_ty
     wait(OVERLAP)
-    squares = _squares(squares_ptr, rows, N, parts, PARTS)
+    squares = squares_of(squares_ptr, rows, rows < N, parts, PARTS)
     angle = rows[:, None] * D + lane[None, :]
     written = there[:, None] & real[None, :]
     # The halves of cos are equal; sin carries the sign of its first half.

@@ -80,7 +80,7 @@ def _boxed(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _squares(squares_ptr, rows, there, parts, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+def squares_of(squares_ptr, rows, there, parts, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sums of squares of all parts of these rows."""
     part = tl.arange(0, PARTS)[None, :]
     mask = (part < parts) & there[:, None]
@@ -245,7 +245,7 @@ def project_tile(  # type: ignore[no-untyped-def]
         index = tl.load(start_ptr + b, mask=there, other=0) + r
         block = tl.load(table_ptr + b * table_stride + index // T, mask=there, other=0)
     if PARTS and PARTS <= EARLY_PARTS:
-        squares = _squares(squares_ptr, place, there, parts, PARTS)
+        squares = squares_of(squares_ptr, place, there, parts, PARTS)
     if BOXED:
         y, up = _boxed(
             x_box, box, first_row, first_output, apart, PAIRED, I, ROWS, box_outputs, INPUTS
@@ -254,7 +254,7 @@ def project_tile(  # type: ignore[no-untyped-def]
         y = _product(x_ptr, weight_ptr, place, there, source_outputs, I, ROWS, OUTPUTS, INPUTS)
     if PARTS:
         if PARTS > EARLY_PARTS:  # would take the registers that the product wants
-            squares = _squares(squares_ptr, place, there, parts, PARTS)
+            squares = squares_of(squares_ptr, place, there, parts, PARTS)
         mean = tl.sum(squares.to(tl.float64), 1).to(tl.float32) / I
         shrink = (1.0 / tl.sqrt(mean + eps))[:, None]
         y = y * shrink
