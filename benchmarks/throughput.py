@@ -4,15 +4,17 @@
     python benchmarks/throughput.py --model 8B --output results # random weights, imposed acceptance
 
 A fixed number of requests runs at any time; one that ends is replaced by the next. What is counted
-is what arrives in a window of time in which the batch is full. Writes a table (Markdown), JSON and
-a plot into the output folder. ``8B`` has the shape of Qwen3-8B and random weights; since such a
-model accepts nothing, drafts stand by a coin of the stated rates instead, and all else is as it is.
+is what arrives in a window of time in which the batch is full. Prints hardware, versions and the
+command; writes a table (Markdown), JSON and a plot into the output folder. ``8B`` has the shape of
+Qwen3-8B and random weights; since such a model accepts nothing, drafts stand by a coin of the
+stated rates instead, and all else is as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -24,9 +26,9 @@ from random import Random
 from typing import Any
 
 import torch
-from random_models import DEVICE, DTYPE, random_model
+from random_models import DEVICE, DTYPE, bandwidth, random_model
 
-from idlm import LLM, SamplingParams
+from idlm import LLM, SamplingParams, __version__
 from idlm.decoding import cycle
 from idlm.decoding.cycle import Method
 from idlm.decoding.layout import Layout
@@ -139,6 +141,7 @@ def measure(
     alive: list[Request] = []
     ended: list[Request] = []
     first: dict[int, float] = {}
+    last: dict[int, float] = {}
     seeds, lengths, most = count(), Random(0), params["max_tokens"]
 
     def step() -> None:
@@ -156,6 +159,7 @@ def measure(
                     raise request.error
                 alive.remove(request)
                 ended.append(request)
+                last[request.id] = now
 
     def tokens() -> int:
         return sum(len(r.token_ids) for r in (*alive, *ended))
@@ -181,7 +185,10 @@ def measure(
     stats = sum((r.stats for r in (*alive, *ended)), DecodeStats())
     made = sum(len(r.token_ids) for r in (*alive, *ended))
     tpf = made / max(stats.forwards, 1)
-    ttft = sorted(first[r.id] - r.started for r in ended if r.id in first)
+    ttft = [first[r.id] - r.started for r in ended if r.id in first]
+    tpot = [
+        (last[r.id] - first[r.id]) / (len(r.token_ids) - 1) for r in ended if len(r.token_ids) > 1
+    ]
     line = {
         "tokens_per_second": (tokens() - before) / elapsed,
         "tpf": tpf,
@@ -189,8 +196,11 @@ def measure(
         "compute_efficiency": tpf**2 * stats.forwards / max(stats.rows, 1),
         "ms_per_step": elapsed / steps * 1e3,
         "host_share": 1 - (engine.stats.waited - waited) / elapsed,
-        "ttft_ms_p50": ttft[len(ttft) // 2] * 1e3 if ttft else None,
-        "ttft_ms_p95": ttft[int(len(ttft) * 0.95)] * 1e3 if ttft else None,
+        "weight_gigabytes_per_second": _weight_bytes(engine) * steps / elapsed / 1e9,
+        "ttft_ms_p50": _percentile(ttft, 0.5),
+        "ttft_ms_p95": _percentile(ttft, 0.95),
+        "tpot_ms_p50": _percentile(tpot, 0.5),
+        "tpot_ms_p95": _percentile(tpot, 0.95),
         "plans": engine.stats.plans,
         "graphs_ms": _graphs_ms(engine),
         "captured_in_window": _captured(engine) - captured,
@@ -200,6 +210,18 @@ def measure(
         engine.abort(request)
     engine.close()
     return line
+
+
+def _percentile(seconds: list[float], share: float) -> float | None:
+    """Milliseconds that ``share`` of them do not exceed; None of nothing."""
+    return sorted(seconds)[int(len(seconds) * share)] * 1e3 if seconds else None
+
+
+def _weight_bytes(engine: Engine) -> int:
+    """What a cycle reads of the base model's weights, however many rows it has."""
+    decoder = engine.method.decoder
+    apart = 0 if decoder.config.tie_word_embeddings else decoder.embed.weight.nbytes
+    return sum(parameter.nbytes for parameter in decoder.parameters()) - apart
 
 
 def _graphs_ms(engine: Engine) -> dict[str, float]:
@@ -279,6 +301,8 @@ def main() -> None:
     args = parser.parse_args()
     end = time.monotonic() + args.seconds
     args.output.mkdir(parents=True, exist_ok=True)
+    copied, _ = bandwidth()
+    torch.cuda.empty_cache()
     if args.model == "8B":
         lender = LLM(args.tokenizer, "none", layout="ar", stride=1, kv_cache_tokens=64)
         decoder, adapter = random_model("8B")
@@ -296,7 +320,9 @@ def main() -> None:
     params = {"temperature": args.temperature, "max_tokens": args.output_tokens}
     params["ignore_eos"] = True
     lines: list[dict[str, Any]] = []
-    print(label, params, flush=True)
+    print(f"# {label}, torch {torch.__version__}, idlm {__version__}")
+    print("#", " ".join(sys.argv))
+    print(f"# {params}; a large copy: {copied:.0f} GB/s", flush=True)
     for concurrency in map(int, args.concurrency.split(",")):
         for plan in args.plans.split(","):
             if time.monotonic() > end:
@@ -322,9 +348,8 @@ def main() -> None:
                 flush=True,
             )
             tag = "8b" if subject.own else "default"
-            (args.output / f"throughput_{tag}.json").write_text(
-                json.dumps({"label": label, "params": params, "lines": lines}, indent=1)
-            )
+            found = {"label": label, "params": params, "copy_gbps": copied, "lines": lines}
+            (args.output / f"throughput_{tag}.json").write_text(json.dumps(found, indent=1))
     print(table(lines))
     (args.output / f"throughput_{tag}.md").write_text(f"{label}\n\n{table(lines)}\n")
     plot(lines, label, args.output / f"throughput_{tag}.png")
