@@ -218,13 +218,13 @@ def _sums(  # type: ignore[no-untyped-def]
     if RANK:
         masked = (rows >= first_mask) & (rows < N)
         # Rows none of which is a mask get 0; nothing is fetched for them.
-        needed = real & (first_row + ROWS > first_mask)
+        held = tl.where(first_row + ROWS > first_mask, RANK, 0)
         z_rows_ptr = z_ptr + (rows - first_mask)[:, None] * z_stride + module * RANK
         for first in tl.range(0, RANK, STEP, num_stages=1):
             ranks = first + tl.arange(0, STEP)
             B = tl.load(
                 B_ptr + outputs[None, :] * RANK + ranks[:, None],
-                mask=(ranks < RANK)[:, None] & needed[None, :],
+                mask=(ranks < held)[:, None] & real[None, :],
                 other=0.0,
             )
             z = tl.load(
