@@ -16,7 +16,7 @@ import triton.language as tl
 from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.overlap import overlap, wait
 from idlm.model.cuda.projection import Heads
-from idlm.model.cuda.projection_kernel import squares_of
+from idlm.model.cuda.projection_kernel import block_of, shrink_of, squares_of
 from idlm.model.cuda.stream import Stream
 
 LEAST = 16  # outputs and ranks that the matrix units want
@@ -236,13 +236,6 @@ def _sums(  # type: ignore[no-untyped-def]
     return sums
 
 
-@triton.jit
-def _shrink(squares, eps, I: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: E741
-    """What the norm multiplies these rows by."""
-    mean = tl.sum(squares, 1).to(tl.float32) / I
-    return (1.0 / tl.sqrt(mean + eps))[:, None]
-
-
 @triton.jit(do_not_specialize=["N", "first_mask", "parts"])
 def _gate(  # type: ignore[no-untyped-def]
     y_ptr,
@@ -308,7 +301,7 @@ def _gate(  # type: ignore[no-untyped-def]
         STEP,
         ROWS,
     )
-    shrink = _shrink(squares, eps, I)
+    shrink = shrink_of(squares, eps, I)
     gate *= shrink
     up *= shrink
     if BIAS:
@@ -417,7 +410,7 @@ def _rotate(  # type: ignore[no-untyped-def]
         STEP,
         ROWS,
     )
-    shrink = _shrink(squares, eps, I)
+    shrink = shrink_of(squares, eps, I)
     x1 *= shrink
     x2 *= shrink
     if BIAS:
@@ -440,12 +433,9 @@ def _rotate(  # type: ignore[no-untyped-def]
         x1 = y1
     out_ptr = qkv_ptr + rows[:, None] * ((Q + 2 * K) * D) + outputs[None, :]
     if head >= Q:
-        clean_rows = requests * clean
-        b = tl.where(rows < clean_rows, rows // tl.maximum(clean, 1), 0)
-        b = tl.where(rows < clean_rows, b, (rows - clean_rows) // tl.maximum(masks, 1))
-        r = tl.where(rows < clean_rows, rows - b * clean, clean + rows - clean_rows - b * masks)
-        index = tl.load(start_ptr + b, mask=there, other=0) + r
-        block = tl.load(table_ptr + b * table_stride + index // T, mask=there, other=0)
+        block, index = block_of(
+            rows, there, table_ptr, table_stride, start_ptr, requests, clean, masks, T
+        )
         cell = block.to(tl.int64) * cache_stride_n + (index % T) * cache_stride_t
         cache_ptr = k_cache_ptr + (head - Q) * cache_stride_h
         if head >= Q + K:

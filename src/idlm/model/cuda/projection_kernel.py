@@ -87,6 +87,35 @@ def squares_of(squares_ptr, rows, there, parts, PARTS: tl.constexpr):  # type: i
     return tl.load(squares_ptr + rows[:, None] * parts + part, mask=mask, other=0.0)
 
 
+@triton.jit
+def shrink_of(squares, eps, I: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: E741
+    """What the norm multiplies these rows by."""
+    mean = tl.sum(squares.to(tl.float64), 1).to(tl.float32) / I
+    return (1.0 / tl.sqrt(mean + eps))[:, None]
+
+
+@triton.jit
+def block_of(  # type: ignore[no-untyped-def]
+    rows,
+    there,
+    table_ptr,
+    table_stride,
+    start_ptr,
+    requests,
+    clean,
+    masks,
+    T: tl.constexpr,
+):
+    """Blocks of the cache in which these flat rows stand, and their indices in the texts."""
+    clean_rows = requests * clean
+    b = tl.where(rows < clean_rows, rows // tl.maximum(clean, 1), 0)
+    b = tl.where(rows < clean_rows, b, (rows - clean_rows) // tl.maximum(masks, 1))
+    r = tl.where(rows < clean_rows, rows - b * clean, clean + rows - clean_rows - b * masks)
+    index = tl.load(start_ptr + b, mask=there, other=0) + r
+    block = tl.load(table_ptr + b * table_stride + index // T, mask=there, other=0)
+    return block, index
+
+
 @triton.jit(
     do_not_specialize=[
         "addend_stride",
@@ -238,12 +267,9 @@ def project_tile(  # type: ignore[no-untyped-def]
         cos = tl.load(cos_ptr + angle, mask=there[:, None], other=0.0)
         # Sines carry the sign of the first half.
         sin = tl.load(sin_ptr + angle + D // 2, mask=there[:, None], other=0.0)
-        clean_rows = requests * clean
-        b = tl.where(rows < clean_rows, rows // tl.maximum(clean, 1), 0)
-        b = tl.where(rows < clean_rows, b, (rows - clean_rows) // tl.maximum(masks, 1))
-        r = tl.where(rows < clean_rows, rows - b * clean, clean + rows - clean_rows - b * masks)
-        index = tl.load(start_ptr + b, mask=there, other=0) + r
-        block = tl.load(table_ptr + b * table_stride + index // T, mask=there, other=0)
+        block, index = block_of(
+            rows, there, table_ptr, table_stride, start_ptr, requests, clean, masks, T
+        )
     if PARTS and PARTS <= EARLY_PARTS:
         squares = squares_of(squares_ptr, place, there, parts, PARTS)
     if BOXED:
@@ -255,8 +281,7 @@ def project_tile(  # type: ignore[no-untyped-def]
     if PARTS:
         if PARTS > EARLY_PARTS:  # would take the registers that the product wants
             squares = squares_of(squares_ptr, place, there, parts, PARTS)
-        mean = tl.sum(squares.to(tl.float64), 1).to(tl.float32) / I
-        shrink = (1.0 / tl.sqrt(mean + eps))[:, None]
+        shrink = shrink_of(squares, eps, I)
         y = y * shrink
     if UPDATE:  # noqa: SIM102
         if program < makers:
