@@ -24,7 +24,7 @@ LEAST = 16  # outputs and ranks that the matrix units want
 STEP_RANKS = {2: 128, 4: 32}
 # Rows and outputs of a program; one that makes pairs (gate and up, halves of a head) has both.
 PAIR_ROWS, PAIRS, PAIR_WARPS = 64, 64, 8
-ADD_ROWS, ADDED, ADD_WARPS = 32, 256, 8
+ADD_ROWS, ADDED, ADD_WARPS = 16, 128, 4
 
 
 @dataclass(frozen=True)

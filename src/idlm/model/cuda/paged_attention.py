@@ -18,9 +18,7 @@ from idlm.model.cuda.overlap import overlap, wait
 PART_KEYS = 64  # in the shortest part
 REACH_KEYS = 256  # texts are cut alike while they have no more than a multiple of it
 MAX_PARTS = 32
-# Packed rows of one program; the matrix units want 16 at least. From 64 on they would do other
-# instructions: with bf16, rows of a wide forward then came out other than the same rows alone.
-MIN_ROWS, MAX_ROWS = 16, 32
+PROMPT_ROWS = 256  # packed rows of a text that fill high tiles
 MERGED_ROWS = 32  # parts of rows that one program merges
 # Heads of one program that rotates.
 HEADS = 16
@@ -28,27 +26,53 @@ HEADS = 16
 
 @dataclass(frozen=True)
 class Cut:
-    """How keys are gone over: those of a step, programs that there should be, warps and stages."""
+    """How the work is cut.
 
+    Attributes:
+        rows: packed rows of a program; the matrix units want 16 at least.
+        keys: of a step.
+        programs: that there should be at least, of one tile of rows each.
+        warps, stages: of a program.
+    """
+
+    rows: int
     keys: int
     programs: int
     warps: int
     stages: int
 
 
-def cut_of(texts: int, dim: int, itemsize: int) -> Cut:
+def cut_of(texts: int, packed: int, dim: int, itemsize: int) -> Cut:
     """The cut for so many requests times KV heads (docs/benchmarks.md, "Attention").
 
-    Whatever the layout: a row's sums are then made in the same order in all of them.
+    Args:
+        packed: rows in flight of a request times query heads of a KV head.
+        dim: of a head.
+        itemsize: bytes of an element.
     """
-    if itemsize > 2 or dim > 64:
-        stages = 3 if itemsize == 2 else 2
-        return Cut(keys=64 if dim <= 128 else 32, programs=256, warps=4, stages=stages)
+    # As few rows in all tiles as can be; of those, in as few tiles.
+    rows = 16 if triton.cdiv(packed, 16) % 2 else 32
+    if itemsize > 2:
+        return Cut(rows, 64 if dim <= 128 else 32, programs=256, warps=4, stages=2)
+    if dim > 128:
+        return Cut(rows, keys=32, programs=256, warps=4, stages=3)
+    # Tiles of 64 rows read the keys once for all of them, but a few rows would go through all 64.
+    # They do other instructions: with bf16, rows come out other than in lower tiles.
+    if packed >= PROMPT_ROWS:
+        return Cut(64, keys=64, programs=256, warps=4, stages=3)
+    if dim <= 64 and 48 <= texts < 192 and packed > 32:
+        return Cut(64, keys=64, programs=512, warps=4, stages=2)
+    if dim <= 64 and texts >= 192 and packed > 16:
+        return Cut(64, keys=32, programs=256, warps=4, stages=3)
     if texts < 48:
-        return Cut(keys=64, programs=256, warps=4, stages=2)
+        programs = min(16 * texts, 192 if dim <= 64 else 256)
+        return Cut(rows, keys=64, programs=programs, warps=4, stages=2)
+    if dim > 64:
+        wide = texts < 256
+        return Cut(rows, 64 if wide else 32, programs=256, warps=4, stages=3)
     if texts < 192:
-        return Cut(keys=32, programs=512, warps=2, stages=3)
-    return Cut(keys=32, programs=1024, warps=1, stages=2)
+        return Cut(rows, keys=32, programs=512, warps=2, stages=3)
+    return Cut(rows, keys=32, programs=1024, warps=1, stages=2)
 
 
 @dataclass(frozen=True)
@@ -170,11 +194,9 @@ def attend(
     K, T, D = k_NKTD.shape[1:]
     Q = W // D - 2 * K
     G, R, B = Q // K, rows.clean + rows.masks, rows.requests
-    # As few rows in all tiles as can be; of those, in as few tiles.
-    height = MIN_ROWS if triton.cdiv(R * G, MIN_ROWS) % 2 else MAX_ROWS
-    tiles = triton.cdiv(R * G, height)
+    cut = cut_of(B * K, R * G, D, k_NKTD.itemsize)
+    tiles = triton.cdiv(R * G, cut.rows)
     longest = triton.cdiv(rows.table_BP.shape[1] * T, PART_KEYS)
-    cut = cut_of(B * K, D, k_NKTD.itemsize)
     parts = max(1, min(MAX_PARTS, longest, triton.cdiv(cut.programs, B * K)))
     out_NX = torch.empty((N, Q * D), dtype=qkv_NW.dtype, device=qkv_NW.device)
     partial, worth = out_NX, out_NX
@@ -205,7 +227,7 @@ def attend(
         D=D,
         DIM=max(16, triton.next_power_of_2(D)),
         T=T,
-        ROWS=height,
+        ROWS=cut.rows,
         KEYS=cut.keys,
         SHORTEST=PART_KEYS,
         REACH=REACH_KEYS,

@@ -10,9 +10,10 @@ import triton
 # The matrix units want 16 rows at least.
 MIN_ROWS = 16
 BOX_ROWS = 64  # tiles of so many rows are fetched as boxes; fewer gain nothing from it
-# Memory of a program of few rows that shares a multiprocessor, of one of more rows, and the most.
-SHARED_BYTES, BOXES_BYTES, ALONE_BYTES = 65_536, 98_304, 131_072
-STEP_BYTES = 256  # of a row, at most: a step of 128 inputs is one of 64 in fp32
+# Memory of a program of few rows that shares a multiprocessor (of three that read heavy weights), of
+# one of more rows, and the most.
+SHARED_BYTES, HEAVY_BYTES, BOXES_BYTES, ALONE_BYTES = 65_536, 81_920, 98_304, 147_456
+WIDE_STEP = 64  # inputs of a step at most, in fp32
 PROGRAMS = 132  # multiprocessors, about
 ENOUGH = 100  # programs that keep most of them busy
 
@@ -51,14 +52,14 @@ def tile_of(
     box = min(widest, 64 if some and broad else _box(parts, outputs, itemsize))
 
     # Rows, outputs and inputs of a step, warps, stages; the last two cases are boxes.
-    if heavy and rows <= 16 and outputs >= 8192 and widest >= 32:
-        cut = 16, 32, 128, 2, 3
-    elif heavy and rows <= 16:
-        cut = 16, 16, 128, 2, 8
+    if heavy and rows <= 16:
+        # One program on each multiprocessor, or three: where their numbers differ, some stand idle.
+        width = next((w for w in (16, 32) if outputs <= w * PROGRAMS), 64)
+        cut = 16, width, 128, 4 if width > 16 else 2, 12
     elif heavy and few:
         cut = 32, 32, 64, 4, 6
     elif few and deep and itemsize == 2:
-        cut = 16, 32 if broad else 16, 128, 2, 5
+        cut = (16, 32, 128, 2, 5) if broad else (16, 16, 256, 2, 4)
     elif few:
         cut = 16, 32 if broad else 16, 64, 2, 8
     elif some and broad and rows <= 64:
@@ -75,11 +76,11 @@ def tile_of(
         cut = 64, box, 64, 4, 6
 
     height, width, step, warps, stages = cut
-    width, step = min(width, widest), min(step, STEP_BYTES // itemsize)
+    width, step = min(width, widest), step if itemsize == 2 else min(step, WIDE_STEP)
     # Stages are as many as there are steps and memory for.
     if few:
         alone = tiles_of(parts, height) * triton.cdiv(outputs, width) <= PROGRAMS
-        shared = _memory() if alone else SHARED_BYTES
+        shared = _memory() if alone else HEAVY_BYTES if heavy else SHARED_BYTES
     else:
         shared = BOXES_BYTES if height <= BOX_ROWS else _memory()
     room = shared // ((height + width) * step * itemsize)
