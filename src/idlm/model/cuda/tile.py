@@ -10,8 +10,8 @@ import triton
 # The matrix units want 16 rows at least.
 MIN_ROWS = 16
 BOX_ROWS = 64  # tiles of so many rows are fetched as boxes; fewer gain nothing from it
-# Memory of a program of few rows that shares a multiprocessor (of three that read heavy weights), of
-# one of more rows, and the most.
+# Memory of a program of few rows that shares a multiprocessor, of one of three that read heavy
+# weights, of one of more rows, and the most.
 SHARED_BYTES, HEAVY_BYTES, BOXES_BYTES, ALONE_BYTES = 65_536, 81_920, 98_304, 147_456
 WIDE_STEP = 64  # inputs of a step at most, in fp32
 PROGRAMS = 132  # multiprocessors, about
