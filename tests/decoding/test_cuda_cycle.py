@@ -31,12 +31,14 @@ PROMPTS = torch.randint(0, 61, (4, 9), generator=torch.Generator().manual_seed(7
 
 
 @contextmanager
-def kernels(wanted: bool) -> Iterator[None]:
-    """Decode through the CUDA kernels, or through torch alone."""
+def kernels(wanted: bool, whole: bool = False) -> Iterator[None]:
+    """Decode through the CUDA kernels, or torch alone; drafts come from all tokens, or some."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_head, "usable", lambda device: wanted)
         patch.setattr(cpu_kernels, "usable", lambda tensor: False)
-        patch.setattr(propose, "MARGIN", 3.0)  # so that some of a small vocabulary lie below
+        patch.setattr(propose, "WHOLE", 0.0 if whole else float("inf"))
+        # So that some of a small vocabulary lie below, where all are not looked at.
+        patch.setattr(propose, "MARGIN", float("inf") if whole else 3.0)
         yield
 
 
@@ -109,16 +111,25 @@ def assert_same(actual: Outcome, expected: Outcome) -> None:
 )
 @torch.inference_mode()
 def test_cycles(layout: str, stride: int, rule: str, params: list[SamplingParams]) -> None:
-    decoding = Decoding(layout, stride, rule, params)
-    with kernels(True):
+    compare(Decoding(layout, stride, rule, params))
+
+
+@pytest.mark.parametrize(("layout", "stride"), [("linear", 4), ("quadratic", 3)])
+@torch.inference_mode()
+def test_drafts_of_the_whole_vocabulary(layout: str, stride: int) -> None:
+    compare(Decoding(layout, stride, "rejection", [GREEDY] * 3), whole=True)
+
+
+def compare(decoding: Decoding, whole: bool = False) -> None:
+    with kernels(True, whole):
         actual = decoding.begin()
-    with kernels(False):
+    with kernels(False, whole):
         expected = decoding.begin()
     assert_same(actual, expected)
     for _ in range(4):
-        with kernels(True):
+        with kernels(True, whole):
             actual = decoding.go_on(expected.state)
-        with kernels(False):
+        with kernels(False, whole):
             expected = decoding.go_on(expected.state)
         assert_same(actual, expected)
 

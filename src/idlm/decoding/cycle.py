@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from idlm.decoding.layout import Layout, RowTables, row_tables
-from idlm.decoding.propose import propose
+from idlm.decoding.propose import from_whole_vocabulary, propose
 from idlm.decoding.sampling import Sampling
 from idlm.decoding.settle import settle
 from idlm.decoding.verify import Drafts, Verdict, verify
@@ -265,9 +265,11 @@ def _conclude(
     """Verify, commit and propose, given the final hidden states of a forward's last rows."""
     drafts, (B, R, _), M = state.drafts, hidden_BRH.shape, method.layout.block_size
     N = R - num_masks
+    whole = from_whole_vocabulary(method.decoder, method.adapter, hidden_BRH, sampling)
     # The output layer is read once for all rows where that is cheaper than reading it again for
     # the one block that is used.
-    at_once = num_masks == M or ONE_PASS_ROWS[hidden_BRH.device.type] >= B * R
+    few = ONE_PASS_ROWS[hidden_BRH.device.type] >= B * R
+    at_once = not whole and (num_masks == M or few)
     logits_BRV = logits(method, hidden_BRH if at_once else hidden_BRH[:, :N])
     logits_BNV = logits_BRV[:, :N]
     verdict = verify(method.rule, logits_BNV, drafts, state.length_B + 1, sampling)
@@ -283,11 +285,14 @@ def _conclude(
             return rows_BRA[:, N:] if num_masks == M else rows_BRA.flatten(0, 1)[settled.rows_BM]
 
         block_BMH = used(hidden_BRH).contiguous()
+        logits_BMV = None
+        if not whole:
+            logits_BMV = used(logits_BRV) if at_once else logits(method, block_BMH)
         proposals = propose(
             method.decoder,
             method.adapter,
             block_BMH,
-            used(logits_BRV) if at_once else logits(method, block_BMH),
+            logits_BMV,
             verdict.next_B,
             settled.length_B,
             settled.proposed_B,

@@ -14,6 +14,9 @@ from idlm.model.cuda import head as cuda_head
 from idlm.model.decoder import Decoder
 
 CANDIDATES = 1024
+# Candidates of all requests together, over the vocabulary's tokens, from which on the output layer
+# on their rows is less work on CUDA than the candidates one by one.
+WHOLE = 1.0
 # A logit further below the highest makes no candidate: the sampler head hardly ever lifts it above.
 MARGIN = 10.0
 
@@ -22,7 +25,7 @@ def propose(
     decoder: Decoder,
     adapter: Adapter | None,
     hidden_BMH: torch.Tensor,
-    logits_BMV: torch.Tensor,
+    logits_BMV: torch.Tensor | None,
     first_B: torch.Tensor,
     position_B: torch.Tensor,
     count_B: torch.Tensor,
@@ -39,15 +42,19 @@ def propose(
 
     Args:
         hidden_BMH: final hidden states of the mask block.
-        logits_BMV: the output layer on them.
+        logits_BMV: the output layer on them; None where `from_whole_vocabulary`.
         first_B: the token that this forward sampled, which stands before the first draft.
         position_B: its position; the drafts are for those that follow.
         count_B: how many of the drafts will count, int64.
         coupled: draw with the noise that verification will use (the coupled rule).
     """
+    head = None if adapter is None else adapter.head
+    if logits_BMV is None:
+        assert head is not None
+        tokens_BM = cuda_head.whole_chain(decoder, head, hidden_BMH, first_B)
+        return Drafts.certain(tokens_BM, count_B)
     num_ids = num_candidates(logits_BMV.device, logits_BMV.shape[-1])
     ids_BMK, near_BM = likeliest(logits_BMV, num_ids)
-    head = None if adapter is None else adapter.head
     stream = Stream.TOKEN if coupled else Stream.DRAFT
     if head is not None and sampling.plain:
         # Ranks that share out the vocabulary (inside SGLang) score each place together.
@@ -95,6 +102,24 @@ def propose(
     if sampling.all_greedy:
         return Drafts.certain(tokens_BM, count_B)
     return Drafts(tokens_BM, ids_BMK, torch.stack(probs, dim=1), count_B)
+
+
+def from_whole_vocabulary(
+    decoder: Decoder, adapter: Adapter | None, hidden_BRH: torch.Tensor, sampling: Sampling
+) -> bool:
+    """Whether `propose` scores all tokens at each place: on CUDA, for many greedy requests.
+
+    Then it does without the logits of the masks alone, which only tell what the candidates are.
+    """
+    V, B = decoder.config.vocab_size, len(hidden_BRH)
+    return (
+        adapter is not None
+        and adapter.head is not None
+        and sampling.plain
+        and sampling.all_greedy
+        and cuda_head.takes_chain(decoder, hidden_BRH, V)
+        and B * num_candidates(hidden_BRH.device, V) >= WHOLE * V
+    )
 
 
 def num_candidates(device: torch.device, vocab_size: int) -> int:

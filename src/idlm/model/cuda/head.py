@@ -132,6 +132,31 @@ def chain(
     return tokens_BM, probs_BMK
 
 
+def whole_chain(
+    decoder: Decoder, head: SamplerHead, hidden_BMH: torch.Tensor, first_B: torch.Tensor
+) -> torch.Tensor:
+    """Tokens ``[B, M]`` that follow one another, each the likeliest of the whole vocabulary.
+
+    Args:
+        hidden_BMH, first_B: as in `chain`.
+    """
+    from idlm.model.cuda.score import begin_chain, draft_likeliest
+
+    B, M, _ = hidden_BMH.shape
+    projected_BMW = head.project(hidden_BMH)
+    norm_H, eps = head.token_norm.weight, head.token_norm.eps or 0.0
+    token_BH, state, _ = begin_chain(first_B, decoder.embed.weight, norm_H, eps, M)
+    tokens_BM = torch.empty((B, M), dtype=torch.int64, device=first_B.device)
+    for place in range(M):
+        state = _step(head, projected_BMW[:, place], token_BH, state)
+        logits_BV = logits(hidden_BMH[:, place] + state.x_NH, decoder.output_weight)
+        if (mask := decoder.config.mask_token_id) is not None:
+            logits_BV[:, mask] = float("-inf")
+        ends = decoder.embed.weight, norm_H, eps
+        token_BH = draft_likeliest(logits_BV, *ends, tokens_BM[:, place])
+    return tokens_BM
+
+
 def argmax(logits_BRV: torch.Tensor) -> torch.Tensor:
     """Index of the largest logit of each row (`choice.argmax`)."""
     from idlm.model.cuda.choice import argmax

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from idlm.model.cuda.choice import first_best
+from idlm.model.cuda.choice import best_of_chunks, first_best
 from idlm.model.cuda.draw import Draw
 from idlm.model.cuda.noise import exponential, key_of
 from idlm.model.cuda.overlap import overlap, wait
@@ -116,6 +116,46 @@ def draft(
     return embedded_BH
 
 
+def draft_likeliest(
+    logits_BV: torch.Tensor,
+    embedding_VH: torch.Tensor,
+    norm_H: torch.Tensor,
+    eps: float,
+    tokens_B: torch.Tensor,
+) -> torch.Tensor:
+    """Write the draft of one place: the likeliest of all tokens, the first of equals.
+
+    Args:
+        logits_BV: dense.
+        embedding_VH, norm_H, eps: as in `draft`.
+        tokens_B: int64, gets the drafts; they may lie apart.
+    Returns:
+        ``[B, H]``: the embeddings of the drafts, behind the norm.
+    """
+    B, V = logits_BV.shape
+    H = embedding_VH.shape[1]
+    values_BC, indices_BC = best_of_chunks(logits_BV[:, None])
+    embedded_BH = embedding_VH.new_empty(B, H)
+    chunks = values_BC.shape[1]
+    _draft_likeliest[(B,)](
+        values_BC,
+        indices_BC,
+        chunks,
+        embedding_VH,
+        norm_H,
+        eps,
+        embedded_BH,
+        tokens_B,
+        tokens_B.stride(0),
+        V=V,
+        H=H,
+        CHUNKS=triton.next_power_of_2(chunks),
+        WIDTH=triton.next_power_of_2(H),
+        **overlap(),
+    )
+    return embedded_BH
+
+
 def begin_chain(
     first_B: torch.Tensor, embedding_VH: torch.Tensor, norm_H: torch.Tensor, eps: float, places: int
 ) -> tuple[torch.Tensor, Stream, torch.Tensor]:
@@ -161,6 +201,36 @@ def _copy_normed(  # type: ignore[no-untyped-def]
     scale = tl.load(norm_ptr + lane, mask=lane < H, other=0.0).to(tl.float32)
     row = row * scale * (1.0 / tl.sqrt(tl.sum(row * row, 0) / H + eps))
     tl.store(out_ptr + lane, row.to(out_ptr.dtype.element_ty), mask=lane < H)
+
+
+@triton.jit(do_not_specialize=["chunks", "tokens_stride"])
+def _draft_likeliest(  # type: ignore[no-untyped-def]
+    values_ptr,
+    indices_ptr,
+    chunks,
+    embedding_ptr,
+    norm_ptr,
+    eps,
+    embedded_ptr,
+    tokens_ptr,
+    tokens_stride,
+    V: tl.constexpr,
+    H: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """The draft of one request, from the best of its chunks."""
+    wait(OVERLAP)
+    b = tl.program_id(0)
+    chunk = tl.arange(0, CHUNKS)
+    place = b * chunks + chunk
+    value = tl.load(values_ptr + place, mask=chunk < chunks, other=float("-inf"))
+    index = tl.load(indices_ptr + place, mask=chunk < chunks, other=V - 1)
+    _, token = first_best(value, index, V - 1, 0)
+    tl.store(tokens_ptr + b * tokens_stride, token.to(tl.int64))
+    row_ptr = embedding_ptr + token.to(tl.int64) * H
+    _copy_normed(row_ptr, norm_ptr, eps, embedded_ptr + b * H, H, WIDTH)
 
 
 @triton.jit
