@@ -215,24 +215,23 @@ def _sums(  # type: ignore[no-untyped-def]
     there = (rows < N)[:, None] & real[None, :]
     y = tl.load(y_ptr + rows[:, None] * y_stride + outputs[None, :], mask=there, other=0.0)
     sums = y.to(tl.float32)
-    if RANK:
-        masked = (rows >= first_mask) & (rows < N)
-        # Rows none of which is a mask get 0; nothing is fetched for them.
-        held = tl.where(first_row + ROWS > first_mask, RANK, 0)
-        z_rows_ptr = z_ptr + (rows - first_mask)[:, None] * z_stride + module * RANK
-        for first in tl.range(0, RANK, STEP, num_stages=1):
-            ranks = first + tl.arange(0, STEP)
-            B = tl.load(
-                B_ptr + outputs[None, :] * RANK + ranks[:, None],
-                mask=(ranks < held)[:, None] & real[None, :],
-                other=0.0,
-            )
-            z = tl.load(
-                z_rows_ptr + ranks[None, :],
-                mask=masked[:, None] & (ranks < RANK)[None, :],
-                other=0.0,
-            )
-            sums = tl.dot(z, B.to(z.dtype), sums, input_precision="ieee")
+    if RANK:  # noqa: SIM102  # a constant: without an update the rest is not compiled
+        if first_row + ROWS > first_mask:  # there are masks among them
+            masked = (rows >= first_mask) & (rows < N)
+            z_rows_ptr = z_ptr + (rows - first_mask)[:, None] * z_stride + module * RANK
+            for first in tl.range(0, RANK, STEP, num_stages=1):
+                ranks = first + tl.arange(0, STEP)
+                B = tl.load(
+                    B_ptr + outputs[None, :] * RANK + ranks[:, None],
+                    mask=(ranks < RANK)[:, None] & real[None, :],
+                    other=0.0,
+                )
+                z = tl.load(
+                    z_rows_ptr + ranks[None, :],
+                    mask=masked[:, None] & (ranks < RANK)[None, :],
+                    other=0.0,
+                )
+                sums = tl.dot(z, B.to(z.dtype), sums, input_precision="ieee")
     return sums
 
 
