@@ -15,6 +15,7 @@ from idlm import LLM, SamplingParams
 from idlm.decoding.cycle import Method, Outcome
 from idlm.decoding.layout import Layout
 from idlm.decoding.propose import num_candidates
+from idlm.engine.commit import Launch
 from idlm.engine.engine import GATHER, GATHER_STEPS, Engine
 from idlm.engine.graphs import Graphs, Inputs, Texts
 from idlm.engine.kv_cache import KVCache
@@ -49,18 +50,34 @@ def model() -> Any:
 class Again:
     """In place of a graph: what it would do, done again."""
 
-    def __init__(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> None:
+    def __init__(
+        self, run: Callable[[], Outcome], inputs: Inputs | Texts, stride: int, rows: int
+    ) -> None:
         self.graph, self._run, self._inputs, self.seconds = self, run, inputs, 1.0
+        self.rows, self._stride = rows, stride
+        requests = len(inputs.table_BP)
+        self.packed_BX = torch.zeros(requests, 2 * stride + 1, dtype=torch.int64, device=DEVICE)
 
     def replay(self) -> None:
         outcome = self._run()
-        self.packed_BX, self.rows = outcome.packed_BX, outcome.rows
+        # Without drafts, a cycle on the CPU has no places for them.
+        given, N = outcome.tokens_BN.shape[1], self._stride
+        self.packed_BX[:, :given] = outcome.packed_BX[:, :given]
+        self.packed_BX[:, N : N + given + 1] = outcome.packed_BX[:, given:]
         self.state = self._inputs.go_on(outcome.state)
 
 
 class UncapturedGraphs(Graphs):
+    def decode(self, method: Method, *inputs: Any) -> Launch:
+        self._layout = method.layout
+        return super().decode(method, *inputs)
+
+    def prefill(self, method: Method, *inputs: Any) -> Launch:
+        self._layout = Layout.named("ar", 1)
+        return super().prefill(method, *inputs)
+
     def _captured(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> Any:
-        return Again(run, inputs)
+        return Again(run, inputs, self._layout.stride, self._layout.num_rows)
 
 
 def engine_of(llm: LLM, model: Any, layout: str, stride: int, rule: str, **options: Any) -> Engine:

@@ -46,7 +46,7 @@ class Runner:
         table_width: int,
         places: int,
     ) -> None:
-        self.method, self.device = method, device
+        self.method, self.device, self.pool = method, device, cache.pool
         self._cache, self._grammars = cache, grammars
         self._graphs: Graphs | None = None
         if device.type == "cuda":
@@ -60,9 +60,13 @@ class Runner:
         table_BP: torch.Tensor,
         state: State,
         sampling: Sampling,
+        by_hand: bool,
     ) -> Launch:
-        """One cycle of ``method``, which is the runner's own but for the layout."""
-        if self._graphs is not None and not any(r.by_hand for r in requests):
+        """One cycle of ``method``, which is the runner's own but for the layout.
+
+        ``by_hand``: whether the host takes part in it for one of ``requests``.
+        """
+        if self._graphs is not None and not by_hand:
             try:
                 return self._graphs.decode(method, table_BP, state, sampling)
             except CaptureError as error:
