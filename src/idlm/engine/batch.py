@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -33,7 +34,7 @@ class Batch:
 
     def __init__(self, runner: Runner) -> None:
         self.requests: list[Request] = []
-        self.by_hand = self.host_bound = False
+        self.by_hand = False
         self._runner = runner
         self._wanted: list[Request] = []  # what it was last told to be, if it still is
         self._state: State | None = None
@@ -72,23 +73,31 @@ class Batch:
         """Begin one forward of all; the batch goes on from what it will bring."""
         assert self._state is not None
         if self._sampling is None or self._table is None:
-            self._sampling = self._runner.sampling(self.requests)
+            self._sampling = self._runner.sampling(self.requests, self._state)
             self._table = Table(self.requests, self._runner.pool, self._runner.device)
         table_BP = self._table.now()
         launch = self._runner.decode(
             method, self.requests, table_BP, self._state, self._sampling, self.by_hand
         )
-        self._state = launch.state
+        # Where the device counts on; what the host may know is a forward behind.
+        self._state, self._sampling.counts_BV = launch.state, launch.state.counts_BV
         return launch
 
     def alone(self) -> list[Batch]:
-        """Batches of one request each, in the same states."""
+        """Batches of one request each, in the same states, after a forward that failed.
+
+        It may have counted its tokens: the host counts again, which has to know them all.
+        """
         batches = []
         for row, request in enumerate(self.requests):
-            batch = Batch(self._runner)
-            batch._set([request], [self._select([row])])
+            batch, state = Batch(self._runner), self._select([row])
+            batch._set([request], [replace(state, counts_BV=None, prompt_BV=None)])
             batches.append(batch)
         return batches
+
+    def keep(self) -> None:
+        """Hold a state of its own, as a graph of others may overwrite the one that it has."""
+        self._state = self._select(list(range(len(self.requests))))
 
     def join(self, batches: Sequence[Batch]) -> None:
         """Be what ``batches`` are together."""
@@ -111,7 +120,6 @@ class Batch:
 
     def _set(self, requests: list[Request], states: list[State]) -> None:
         self.requests, self.by_hand = requests, any(request.by_hand for request in requests)
-        self.host_bound = any(request.host_bound for request in requests)
         self._state = State.cat(states) if states else None
         self._sampling = self._table = None
         self._wanted = []

@@ -53,8 +53,8 @@ class Engine:
         chunk: tokens of prompts that run in one step.
         ahead: launch a forward before the tokens of the last one are read, so that the device
             never waits for the host; None: on CUDA. A request that ended a forward ago has then
-            taken part in one more, of which nothing is kept. Grammars, penalties and
-            log-probabilities need the tokens first: beside them nothing is launched ahead.
+            taken part in one more, of which nothing is kept. Grammars and log-probabilities
+            need the tokens first: beside them nothing is launched ahead.
         policy: chooses the layout of every forward in place of the method's own.
     """
 
@@ -221,15 +221,15 @@ class Engine:
         due, texts = len(self._flights), list[Request]()
         if self._scheduler.prefilling:
             self._beside.mark()
-        host_bound = self._batch.host_bound
+        by_hand = self._batch.by_hand
         if self._batch.requests:
             self._decode(self._batch)
             moved = True
         if self._scheduler.prefilling:
             with self._beside.prompts():
                 texts = self._run_texts()
-            host_bound = host_bound or any(request.host_bound for request in texts)
-        self._read(due if self._ahead and not host_bound else len(self._flights))
+            by_hand = by_hand or any(request.by_hand for request in texts)
+        self._read(due if self._ahead and not by_hand else len(self._flights))
         if not (self._scheduler.running or self._scheduler.prefilling):
             self._flights.clear()  # of requests that ended
             self._hand_out()
@@ -264,6 +264,7 @@ class Engine:
             batches = [alone for alone in batch.alone() if not alone.requests[0].finished]
             for alone in batches:
                 self._decode(alone)
+                alone.keep()
             batch.join(batches)
 
     def _launch(self, batch: Batch) -> None:

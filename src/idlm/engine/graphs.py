@@ -310,6 +310,8 @@ class Inputs:
             self.state.pending_B[:B],
             self.state.length_B[:B],
             Drafts(*(getattr(drafts, f.name)[:B] for f in fields(drafts))),
+            None if self.sampling.counts_BV is None else self.sampling.counts_BV[:B],
+            None if self.sampling.prompt_BV is None else self.sampling.prompt_BV[:B],
         )
 
     def go_on(self, state: State) -> State:

@@ -91,8 +91,7 @@ class Request:
         place: what it decodes on from, while it is not in a batch; None before its first token.
         prefix_hit_tokens: tokens of the prompt that were cached when it was first admitted.
         preemptions: how often it had to leave and come back.
-        by_hand: whether the host takes part in its forwards.
-        host_bound: whether its next forward needs the last one's tokens on the host.
+        by_hand: whether the host takes part in its forwards, for which it needs all tokens before.
         watched: whether each forward has to be looked at, as only that tells if it has ended.
         catch_up: brings to it what was read for it and is kept elsewhere.
     """
@@ -117,7 +116,6 @@ class Request:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     by_hand: bool = field(init=False)
-    host_bound: bool = field(init=False)
     watched: bool = field(init=False)
     catch_up: Callable[[], None] = _nothing
     _token_ids: list[int] = field(default_factory=list)
@@ -132,7 +130,6 @@ class Request:
     def __post_init__(self) -> None:
         params = self.params
         self.by_hand = params.constrained or params.logprobs is not None
-        self.host_bound = self.by_hand or params.penalised
         self.watched = self.by_hand or bool(params.stop)
 
     @classmethod

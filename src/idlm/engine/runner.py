@@ -140,13 +140,24 @@ class Runner:
             )
         ]
 
-    def sampling(self, requests: Sequence[Request]) -> Sampling:
-        """The sampling parameters of ``requests`` and what their penalties count, now."""
+    def sampling(self, requests: Sequence[Request], state: State | None = None) -> Sampling:
+        """The sampling parameters of ``requests`` and what their penalties count.
+
+        That is in their ``state``; without it, the host counts the tokens that it knows.
+        """
+        prompts: Sequence[Sequence[int]] | torch.Tensor
+        outputs: Sequence[Sequence[int]] | torch.Tensor
+        if state is not None and state.prompt_BV is not None and state.counts_BV is not None:
+            prompts, outputs = state.prompt_BV, state.counts_BV
+        else:
+            prompts, outputs = zip(
+                *((r.prompt_token_ids, r.token_ids) for r in requests), strict=True
+            )
         return Sampling.of(
             [r.params for r in requests],
             [r.seed for r in requests],
-            [r.prompt_token_ids for r in requests],
-            [r.token_ids for r in requests],
+            prompts,
+            outputs,
             self.method.decoder.config.vocab_size,
             self.device,
         )
