@@ -18,6 +18,11 @@ def seconds(plan: Layout, requests: int, row_cost: float) -> float:
     return max(1e-3, plan.num_rows * requests * row_cost)
 
 
+def outcome(drafted: int, accepted: int) -> tuple[list[int], list[int]]:
+    """By place, whether a draft was tested with all before it standing, and whether it stood."""
+    return [1] * min(accepted + 1, drafted), [1] * accepted + [0] * (accepted < drafted)
+
+
 def drive(
     policy: Policy,
     requests: int,
@@ -38,7 +43,7 @@ def drive(
         accepted = 0
         while accepted < drafted and random.random() < chances[accepted]:
             accepted += 1
-        policy.saw(drafted, accepted)
+        policy.saw(*outcome(drafted, accepted))
         warm = plan.name == "linear" and accepted == drafted
         if n >= forwards // 2:
             chosen[plan] += 1
@@ -91,7 +96,8 @@ def test_dear_first_masks_do_not_speak_for_the_next(ar: float, base: float, row:
     for _ in range(400):
         plan = policy.choose(32)
         policy.took(32, plan, cost[plan])
-        policy.saw(plan.block_size, plan.block_size if policy.chosen.total() % 3 else 0)
+        M = plan.block_size
+        policy.saw(*outcome(M, M if policy.chosen.total() % 3 else 0))
     rates = {plan: policy.tokens(plan) / cost[plan] for plan in plans(7)}
     assert rates[policy.choose(32)] > 0.95 * max(rates.values())
 
@@ -110,5 +116,5 @@ def test_what_is_a_little_slower_than_no_drafts_is_left() -> None:
         for _ in range(6000):
             plan = policy.choose(8)
             policy.took(8, plan, cost[plan])
-            policy.saw(1, int(random.random() < chance))
+            policy.saw([1], [int(random.random() < chance)])
         assert policy.current(8) is expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from idlm import LLM, SamplingParams
 from idlm.decoding.cycle import Method
 from idlm.engine.batch import Batch
-from idlm.engine.commit import Commit
+from idlm.engine.commit import Launch
 from idlm.engine.request import Source
 from idlm.errors import InvalidRequestError
 from idlm.llm import RequestOutput
@@ -261,12 +262,10 @@ def test_what_the_host_takes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A device on which drafts cost nothing is of no use if the host cannot keep up."""
     now, launch = [0.0], Batch.launch
 
-    def launched(batch: Batch, method: Method) -> Commit:
-        commit = launch(batch, method)
+    def launched(batch: Batch, method: Method) -> Launch:
         drafts = method.layout.num_masks > 0
-        commit.seconds = 0.5e-3 if drafts else 1e-3
         now[0] += 2e-3 if drafts else 1e-3
-        return commit
+        return replace(launch(batch, method), seconds=0.5e-3 if drafts else 1e-3)
 
     monkeypatch.setattr(Batch, "launch", launched)
     monkeypatch.setattr("idlm.engine.engine.time.perf_counter", lambda: now[0])

@@ -15,6 +15,7 @@ from idlm import LLM, SamplingParams
 from idlm.decoding.cycle import Method, Outcome
 from idlm.decoding.layout import Layout
 from idlm.decoding.propose import num_candidates
+from idlm.engine.commit import Launch
 from idlm.engine.engine import GATHER, GATHER_STEPS, Engine
 from idlm.engine.graphs import Graphs, Inputs, Texts
 from idlm.engine.kv_cache import KVCache
@@ -49,25 +50,42 @@ def model() -> Any:
 class Again:
     """In place of a graph: what it would do, done again."""
 
-    def __init__(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> None:
+    def __init__(
+        self, run: Callable[[], Outcome], inputs: Inputs | Texts, stride: int, rows: int
+    ) -> None:
         self.graph, self._run, self._inputs, self.seconds = self, run, inputs, 1.0
+        self.rows, self._stride = rows, stride
+        requests = len(inputs.table_BP)
+        self.packed_BX = torch.zeros(requests, 2 * stride + 1, dtype=torch.int64, device=DEVICE)
 
     def replay(self) -> None:
         outcome = self._run()
-        self.packed_BX, self.rows = outcome.packed_BX, outcome.rows
+        # Without drafts, a cycle on the CPU has no places for them.
+        given, N = outcome.tokens_BN.shape[1], self._stride
+        self.packed_BX[:, :given] = outcome.packed_BX[:, :given]
+        self.packed_BX[:, N : N + given + 1] = outcome.packed_BX[:, given:]
         self.state = self._inputs.go_on(outcome.state)
 
 
 class UncapturedGraphs(Graphs):
+    def decode(self, method: Method, *inputs: Any) -> Launch:
+        self._layout = method.layout
+        return super().decode(method, *inputs)
+
+    def prefill(self, method: Method, *inputs: Any) -> Launch:
+        self._layout = Layout.named("ar", 1)
+        return super().prefill(method, *inputs)
+
     def _captured(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> Any:
-        return Again(run, inputs)
+        return Again(run, inputs, self._layout.stride, self._layout.num_rows)
 
 
 def engine_of(llm: LLM, model: Any, layout: str, stride: int, rule: str, **options: Any) -> Engine:
     decoder, adapter = model
     rows = Layout.named(layout, stride)
     method = Method(decoder, adapter if rows.num_masks else None, rows, rule)
-    cache = KVCache(decoder.config, DEVICE, torch.float32, 8192, wanted=0)
+    tokens = options.pop("kv_cache_tokens", 8192)
+    cache = KVCache(decoder.config, DEVICE, torch.float32, tokens, wanted=0)
     options = {"max_batch": 16, "ahead": True} | options
     engine = Engine(method, llm.tokenizer, cache=cache, device=DEVICE, **options)
     if DEVICE.type == "cpu":
@@ -115,6 +133,63 @@ def test_coupled_tokens_are_those_of_autoregression(
     assert strided == run(engine_of(llm, model, "ar", 1, "coupled"), kinds, 12)
 
 
+PENALISED: list[dict[str, Any]] = [
+    {"temperature": 0, "repetition_penalty": 1.4, "frequency_penalty": 0.3},
+    {"temperature": 1.0},
+    {"temperature": 0.9, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"temperature": 0},
+    {"temperature": 0.7, "repetition_penalty": 1.3, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("rule", ["rejection", "coupled"])
+@pytest.mark.parametrize(("layout", "stride"), [("ar", 1), ("linear", 4), ("quadratic", 3)])
+def test_what_penalties_count_stays_on_the_device(
+    llm: LLM, model: Any, layout: str, stride: int, rule: str
+) -> None:
+    """Requests join, leave and come back at different times; forwards are launched ahead."""
+    cases = [
+        ([9 + i] * (3 + 2 * i), SamplingParams(seed=i, max_tokens=20 + 7 * i % 30, **params))
+        for i, params in enumerate(PENALISED * 2)
+    ]
+    alone = engine_of(llm, model, layout, stride, rule, ahead=False, max_batch=1)
+    alone._runner._graphs = None
+    expected = run_in_turn(alone, cases, 1000)
+    for tokens in (8192, 128):  # enough for all, and so few that some have to leave
+        engine = engine_of(llm, model, layout, stride, rule, max_batch=5, kv_cache_tokens=tokens)
+        unread = watch_flights(engine)
+        assert run_in_turn(engine, cases, 4) == expected
+        assert sum(map(bool, unread)) > 0.7 * len(unread)
+        assert (engine.stats.preemptions > 0) == (tokens == 128)
+
+
+def watch_flights(engine: Engine) -> list[int]:
+    """For each cycle to come, how many launches are not read when it is launched."""
+    unread: list[int] = []
+    graphs: Any = engine._runner._graphs
+    decode = graphs.decode
+
+    def decoded(*inputs: Any) -> Any:
+        unread.append(len(engine._flights))
+        return decode(*inputs)
+
+    graphs.decode = decoded
+    return unread
+
+
+def run_in_turn(engine: Engine, cases: list[Any], steps: int) -> list[list[int]]:
+    """What requests say of which the next one comes after so many steps, or when nobody is left."""
+    requests = []
+    for case in cases:
+        requests.append(engine.add(*case))
+        for _ in range(steps):
+            if engine.busy:
+                engine.step()
+    while engine.busy:
+        engine.step()
+    return [request.token_ids for request in requests]
+
+
 def test_rows_of_requests_that_have_ended_do_no_harm(llm: LLM, model: Any) -> None:
     expected: list[list[int]] = []
     for plain in (True, False):
@@ -154,6 +229,34 @@ def test_a_few_prompts_wait_for_each_other(llm: LLM, model: Any) -> None:
     for _ in range(GATHER_STEPS + 1):
         engine.step()
     assert alone.started > 0  # but not for long
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="A captured graph does not fail in the middle.")
+@pytest.mark.parametrize("dims", [2, 1])
+def test_after_a_forward_that_failed_each_goes_on_from_its_own_state(
+    llm: LLM, model: Any, dims: int
+) -> None:
+    """What fails is a forward's rows, or its sampler head, after it has counted its tokens."""
+    cases = [
+        ([9 + i] * 5, SamplingParams(seed=i, max_tokens=25, ignore_eos=True, **params))
+        for i, params in enumerate(PENALISED * 2)
+    ]
+    alone = engine_of(llm, model, "quadratic", 3, "coupled", ahead=False, max_batch=1)
+    alone._runner._graphs = None
+    expected = run_in_turn(alone, cases, 1000)
+    engine, calls = engine_of(llm, model, "quadratic", 3, "coupled"), 0
+
+    def fail(_: object, inputs: tuple[torch.Tensor]) -> None:
+        nonlocal calls
+        calls += inputs[0].dim() == dims
+        if calls == 22:
+            calls += 1
+            raise RuntimeError("once")
+
+    hook = model[0].embed.register_forward_pre_hook(fail)
+    assert run_in_turn(engine, cases, 0) == expected
+    hook.remove()
+    assert engine.stats.failed_forwards == 1
 
 
 @pytest.mark.gpu

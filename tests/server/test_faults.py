@@ -232,7 +232,7 @@ class Fault:
             requests.setdefault(id(engine), []).append(request)
             return request
 
-        def stepping(engine: Engine) -> list[Request]:
+        def stepping(engine: Engine) -> bool:
             for request in requests.get(id(engine), []):
                 bad = request.prompt_token_ids[0] == token and not request.finished
                 if self.armed and bad and len(request.token_ids) >= self.after:

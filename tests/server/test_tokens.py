@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idlm import SamplingParams
-from idlm.engine.request import Request
+from idlm.engine.request import Forwards, Request
 from idlm.model.tokenizer import Tokenizer
 from idlm.server.tokens import Token, TokenTexts
 from idlm.server.worker import Inbox, Job, MethodKey, Update
@@ -36,7 +36,8 @@ def updates(tokens: list[int], groups: list[int], stop: list[str]) -> tuple[Requ
     for size in [*groups, len(tokens)]:
         own = rest[:size]
         if own:
-            request.take(own, (len(own), len(own) - 1, 0.0, 1), [{}] * len(own))
+            request.logprobs += [{}] * len(own)
+            request.take(own, Forwards(bytes((len(own), len(own) - 1)), 0.0, 1))
         rest = rest[size:]
         update = job.news()
         if update is not None:

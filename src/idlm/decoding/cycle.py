@@ -50,11 +50,14 @@ class State:
         pending_B: last committed token; its key and value are not cached yet. int64.
         length_B: tokens in the cache, which is the position of pending. int64.
         drafts: proposals for the positions after pending.
+        counts_BV, prompt_BV: what penalties look at, as in `Sampling`; None where there are none.
     """
 
     pending_B: torch.Tensor
     length_B: torch.Tensor
     drafts: Drafts
+    counts_BV: torch.Tensor | None = None
+    prompt_BV: torch.Tensor | None = None
 
     @classmethod
     def cat(cls, states: Sequence[State]) -> State:
@@ -63,17 +66,32 @@ class State:
             torch.cat([s.pending_B for s in states]),
             torch.cat([s.length_B for s in states]),
             Drafts.cat([s.drafts for s in states]),
+            _cat([s.counts_BV for s in states], states),
+            _cat([s.prompt_BV for s in states], states),
         )
-
-    def one(self, row: int) -> State:
-        """The request at ``row``, in the same memory."""
-        d, at = self.drafts, slice(row, row + 1)
-        drafts = Drafts(d.tokens_BM[at], d.ids_BMK[at], d.probs_BMK[at], d.count_B[at])
-        return State(self.pending_B[at], self.length_B[at], drafts)
 
     def select(self, rows: torch.Tensor) -> State:
         """The requests at ``rows`` (int64)."""
-        return State(self.pending_B[rows], self.length_B[rows], self.drafts.select(rows))
+        return State(
+            self.pending_B[rows],
+            self.length_B[rows],
+            self.drafts.select(rows),
+            None if self.counts_BV is None else self.counts_BV[rows],
+            None if self.prompt_BV is None else self.prompt_BV[rows],
+        )
+
+
+def _cat(parts: Sequence[torch.Tensor | None], states: Sequence[State]) -> torch.Tensor | None:
+    """``parts`` of ``states`` together, zeros where there is none; None if there is none at all."""
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
+        return None
+    return torch.cat(
+        [
+            some.new_zeros(len(state.pending_B), some.shape[1]) if part is None else part
+            for part, state in zip(parts, states, strict=True)
+        ]
+    )
 
 
 @dataclass
@@ -299,7 +317,8 @@ def _conclude(
             sampling,
             coupled=method.rule == "coupled",
         )
-    state = State(verdict.next_B, settled.length_B, proposals)
+    seen = sampling.counts_BV, sampling.prompt_BV
+    state = State(verdict.next_B, settled.length_B, proposals, *seen)
     return Outcome(settled.packed_BX, tokens_BN, verdict, logits_BNV, state, R)
 
 

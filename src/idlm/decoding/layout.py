@@ -32,6 +32,14 @@ class Layout:
     stride: int
     points: tuple[int, ...]
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Layouts are looked up in every forward."""
+        return hash((self.name, self.stride, self.points))
+
     @classmethod
     def named(cls, name: str, stride: int) -> Layout:
         """The layout ``name`` at ``stride`` (1 to 16; 1 is plain autoregression).

@@ -27,12 +27,6 @@ class DecodeStats:
     rows: int = 0
     seconds: float = 0.0
 
-    def forward(self, drafted: int, accepted: int, overlap: float, rows: int) -> None:
-        """Count one forward; ``overlap`` is that of all `reached` places together."""
-        self.outcomes[drafted, accepted] += 1
-        self.rows += rows
-        self.overlap += overlap
-
     def __add__(self, other: DecodeStats) -> DecodeStats:
         names = self.__dataclass_fields__
         return DecodeStats(**{n: getattr(self, n) + getattr(other, n) for n in names})

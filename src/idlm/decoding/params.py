@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from idlm.errors import InvalidRequestError
@@ -84,22 +85,22 @@ class SamplingParams:
         if self.constrained and self.ignore_eos:
             raise InvalidRequestError("A text with a json_schema or regex must end: no ignore_eos.")
 
-    @property
+    @cached_property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature < GREEDY_BELOW
 
-    @property
+    @cached_property
     def penalised(self) -> bool:
         """Whether earlier tokens change the logits of later ones."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
-    @property
+    @cached_property
     def constrained(self) -> bool:
         """Whether a grammar says which tokens may come."""
         return self.json_schema is not None or self.regex is not None
 
-    @property
+    @cached_property
     def stop_strings(self) -> tuple[str, ...]:
         """``stop`` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

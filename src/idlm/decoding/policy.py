@@ -41,6 +41,7 @@ class Policy:
 
     def __init__(self, plans: Sequence[Layout]) -> None:
         self.plans = sorted(plans, key=lambda plan: plan.num_rows)
+        self._names = {plan: f"{plan.name}:{plan.stride}" for plan in self.plans}
         self._seconds: dict[tuple[int, Layout], float] = {}
         self._tries: Counter[tuple[int, Layout]] = Counter()
         self.forget()
@@ -61,7 +62,7 @@ class Policy:
             plan, left = self._best(size, plan), PATIENCE
         # A plan whose cost is not known yet is asked about again at once.
         self._current[size] = (plan, left - 1 if self._known(size, plan) else 0)
-        self.chosen[f"{plan.name}:{plan.stride}"] += 1
+        self.chosen[self._names[plan]] += 1
         return plan
 
     def current(self, requests: int) -> Layout:
@@ -80,13 +81,20 @@ class Policy:
         share = 0.5 if seconds < before else 0.05
         self._seconds[key] = before + share * (seconds - before)
 
-    def saw(self, drafted: int, accepted: int, times: int = 1) -> None:
-        """Note how many of a request's drafts stood in a forward; ``times`` it was so."""
-        fade = (1.0 - 1.0 / MEMORY) ** times
-        worth = MEMORY * (1.0 - fade)
-        for place in range(min(drafted, accepted + 1, len(self._reached))):
-            self._reached[place] = self._reached[place] * fade + worth
-            self._accepted[place] = self._accepted[place] * fade + worth * (place < accepted)
+    def saw(self, tested: Sequence[int], stood: Sequence[int]) -> None:
+        """Note how drafts went in some forwards.
+
+        Args:
+            tested: by place, how many were tested with all before them standing.
+            stood: how many of those stood.
+        """
+        places = range(len(self._reached))
+        for place, reached, accepted in zip(places, tested, stood, strict=False):
+            if reached:
+                fade = (1.0 - 1.0 / MEMORY) ** reached
+                worth = MEMORY * (1.0 - fade)
+                self._reached[place] = self._reached[place] * fade + worth
+                self._accepted[place] = self._accepted[place] * fade + worth * accepted / reached
 
     def acceptance(self) -> list[float]:
         """The chance that a draft at each place stands if all before it do."""
@@ -98,21 +106,15 @@ class Policy:
 
     def tokens(self, plan: Layout) -> float:
         """Tokens that a forward is expected to bring."""
-        stood, drafts = 1.0, 0.0
-        for chance in self.acceptance()[: plan.block_size]:
-            stood *= chance
-            drafts += stood
-        if plan.name == "linear":
-            # After a rejection comes a forward without drafts, after which there are some again.
-            return 1.0 + drafts / (2.0 - stood)
-        return 1.0 + drafts
+        return _tokens(plan, self.acceptance())
 
     def _known(self, size: int, plan: Layout) -> bool:
         return self._tries[size, plan] >= TRIES
 
     def _best(self, size: int, current: Layout) -> Layout:
+        chances = self.acceptance()
         rates = {
-            plan: self.tokens(plan) / self._seconds[size, plan]
+            plan: _tokens(plan, chances) / self._seconds[size, plan]
             for plan in self.plans
             if self._known(size, plan)
         }
@@ -122,7 +124,7 @@ class Policy:
             if plan in rates:
                 before = known[-1][1] if known else 0.0
                 known.append((plan.num_rows, max(before, self._seconds[size, plan])))
-            elif not known or self.tokens(plan) / _least(known, plan.num_rows) > best * BETTER:
+            elif not known or _tokens(plan, chances) / _least(known, plan.num_rows) > best * BETTER:
                 return plan
         first = rates[self.plans[0]]
         # To stay with what is a little worse than another plan is all right, but not than the one
@@ -130,6 +132,18 @@ class Policy:
         if current in rates and best <= rates[current] * BETTER and rates[current] >= first:
             return current
         return max(rates, key=lambda plan: rates[plan])
+
+
+def _tokens(plan: Layout, chances: Sequence[float]) -> float:
+    """Tokens that a forward brings if a draft at each place stands with these chances."""
+    stood, drafts = 1.0, 0.0
+    for chance in chances[: plan.block_size]:
+        stood *= chance
+        drafts += stood
+    if plan.name == "linear":
+        # After a rejection comes a forward without drafts, after which there are some again.
+        return 1.0 + drafts / (2.0 - stood)
+    return 1.0 + drafts
 
 
 def _least(known: Sequence[tuple[int, float]], rows: int) -> float:

@@ -60,12 +60,15 @@ class Sampling:
         cls,
         params: Sequence[SamplingParams],
         seeds: Sequence[int],
-        prompts: Sequence[Sequence[int]],
-        outputs: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | torch.Tensor,
+        outputs: Sequence[Sequence[int]] | torch.Tensor,
         vocab_size: int,
         device: torch.device,
     ) -> Sampling:
-        """The batch of requests with these parameters, seeds, prompts and outputs so far."""
+        """The batch of requests with these parameters, seeds, prompts and outputs so far.
+
+        Prompts and outputs may be given as ``prompt_BV`` and ``counts_BV``, where these are known.
+        """
 
         def floats(name: str) -> torch.Tensor:
             return upload([getattr(p, name) for p in params], device, torch.float32)
@@ -94,7 +97,7 @@ class Sampling:
             sampling.presence_B = floats("presence_penalty")
             sampling.frequency_B = floats("frequency_penalty")
             sampling.counts_BV = _counts(outputs, vocab_size, device)
-            sampling.prompt_BV = _counts(prompts, vocab_size, device) > 0
+            sampling.prompt_BV = _counts(prompts, vocab_size, device).bool()
         if any(p.logit_bias for p in params):
             entries = [
                 (row * vocab_size + token, bias)
@@ -142,8 +145,12 @@ class Sampling:
             self.counts_BV.scatter_add_(1, tokens_BN, (place_N <= accepted_B[:, None]).float())
 
 
-def _counts(texts: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> torch.Tensor:
-    """``[B, V]`` fp32: how often each token stands in each text."""
+def _counts(
+    texts: Sequence[Sequence[int]] | torch.Tensor, vocab_size: int, device: torch.device
+) -> torch.Tensor:
+    """``[B, V]`` fp32: how often each token stands in each text; what is that already is left."""
+    if isinstance(texts, torch.Tensor):
+        return texts
     places = [row * vocab_size + token for row, ids in enumerate(texts) for token in ids]
     places_X = upload(places, device, torch.int64)
     counts_X = torch.zeros(len(texts) * vocab_size, device=device)

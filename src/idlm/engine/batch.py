@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 
 from idlm.decoding.cycle import Method, State
 from idlm.decoding.sampling import Sampling
-from idlm.engine.commit import Commit
+from idlm.engine.blocks import BlockPool
+from idlm.engine.commit import Launch
 from idlm.engine.request import Place, Request
 from idlm.engine.runner import Runner
 from idlm.model.transfer import upload
@@ -24,17 +26,28 @@ class Batch:
     """Row ``i`` of its state belongs to ``requests[i]``.
 
     The state is that after the last launch, of which the host may not know the tokens yet.
+
+    Attributes:
+        requests: never changed in place: what was launched refers to it.
+        by_hand: whether the host takes part in the forwards of one of them.
     """
 
     def __init__(self, runner: Runner) -> None:
         self.requests: list[Request] = []
+        self.by_hand = False
         self._runner = runner
+        self._wanted: list[Request] = []  # what it was last told to be, if it still is
         self._state: State | None = None
         self._sampling: Sampling | None = None
         self._table: Table | None = None
 
     def become(self, requests: Sequence[Request]) -> None:
         """Let ``requests`` be the batch; who leaves unfinished takes its state along."""
+        if requests != self._wanted:
+            self._arrange(requests)
+            self._wanted = list(requests)
+
+    def _arrange(self, requests: Sequence[Request]) -> None:
         wanted, present = set(requests), set(self.requests)
         gone = [request for request in self.requests if request not in wanted]
         if wanted <= present and (not gone or self._may_keep(gone)):
@@ -56,26 +69,35 @@ class Batch:
         finished = all(request.finished for request in gone)
         return few and finished and self._runner.takes_nobody(self.requests)
 
-    def launch(self, method: Method) -> Commit:
+    def launch(self, method: Method) -> Launch:
         """Begin one forward of all; the batch goes on from what it will bring."""
         assert self._state is not None
         if self._sampling is None or self._table is None:
-            self._sampling = self._runner.sampling(self.requests)
-            self._table = Table(self.requests, self._runner.device)
+            self._sampling = self._runner.sampling(self.requests, self._state)
+            self._table = Table(self.requests, self._runner.pool, self._runner.device)
+        table_BP = self._table.now()
         launch = self._runner.decode(
-            method, self.requests, self._table.now(), self._state, self._sampling
+            method, self.requests, table_BP, self._state, self._sampling, self.by_hand
         )
-        self._state = launch.state
-        return Commit(self.requests, launch)
+        # Where the device counts on; what the host may know is a forward behind.
+        self._state, self._sampling.counts_BV = launch.state, launch.state.counts_BV
+        return launch
 
     def alone(self) -> list[Batch]:
-        """Batches of one request each, in the same states."""
+        """Batches of one request each, in the same states, after a forward that failed.
+
+        It may have counted its tokens: the host counts again, which has to know them all.
+        """
         batches = []
         for row, request in enumerate(self.requests):
-            batch = Batch(self._runner)
-            batch._set([request], [self._select([row])])
+            batch, state = Batch(self._runner), self._select([row])
+            batch._set([request], [replace(state, counts_BV=None, prompt_BV=None)])
             batches.append(batch)
         return batches
+
+    def keep(self) -> None:
+        """Hold a state of its own, as a graph of others may overwrite the one that it has."""
+        self._state = self._select(list(range(len(self.requests))))
 
     def join(self, batches: Sequence[Batch]) -> None:
         """Be what ``batches`` are together."""
@@ -97,32 +119,38 @@ class Batch:
         return self._runner.select(self._state, rows)
 
     def _set(self, requests: list[Request], states: list[State]) -> None:
-        self.requests = requests
+        self.requests, self.by_hand = requests, any(request.by_hand for request in requests)
         self._state = State.cat(states) if states else None
         self._sampling = self._table = None
+        self._wanted = []
 
 
 class Table:
     """``table_BP`` of some requests, whose leases grow."""
 
-    def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
-        self._leases, self._device = [r.lease for r in requests], device
-        self._lengths = [0] * len(requests)
+    def __init__(self, requests: Sequence[Request], pool: BlockPool, device: torch.device) -> None:
+        self._leases, self._pool, self._device = [r.lease for r in requests], pool, device
+        self._changes = -1  # of the pool, when the table was last made
+        self._lengths_B = np.zeros(len(requests), np.int64)
         self._host_BP = np.zeros((len(requests), 0), np.int32)
         self._table_BP: torch.Tensor | None = None
 
     def now(self) -> torch.Tensor:
         """The blocks of each request, int32, filled up with block 0; new only if one has grown."""
-        lengths = [len(lease.ids) for lease in self._leases]
-        if self._table_BP is not None and lengths == self._lengths:
+        if self._table_BP is not None and self._changes == self._pool.changes:
             return self._table_BP
-        most = max(lengths)
-        if most > self._host_BP.shape[1]:
-            self._host_BP = np.pad(self._host_BP, ((0, 0), (0, most - self._host_BP.shape[1])))
-        for row, (before, now) in enumerate(zip(self._lengths, lengths, strict=True)):
-            if now != before:
-                self._host_BP[row, before:now] = self._leases[row].ids[before:]
-                self._host_BP[row, now:before] = 0
-        self._lengths = lengths
-        self._table_BP = upload(self._host_BP, self._device)
+        self._changes = self._pool.changes
+        lengths_B = np.array([len(lease.ids) for lease in self._leases])
+        changed = (lengths_B != self._lengths_B).nonzero()[0].tolist()
+        if self._table_BP is not None and not changed:
+            return self._table_BP
+        most, width = int(lengths_B.max()), self._host_BP.shape[1]
+        if most > width:
+            self._host_BP = np.pad(self._host_BP, ((0, 0), (0, 2 * most - width)))
+        for row in changed:
+            before, now = self._lengths_B[row], lengths_B[row]
+            self._host_BP[row, before:now] = self._leases[row].ids[before:]
+            self._host_BP[row, now:before] = 0
+        self._lengths_B = lengths_B
+        self._table_BP = upload(self._host_BP[:, :most], self._device)
         return self._table_BP

@@ -24,15 +24,16 @@ class Beside:
         self._device, self._cuda = device, device.type == "cuda"
         if self._cuda:
             self._stream, self._before = torch.cuda.Stream(device), torch.cuda.Event()
+        self._apart = False  # whether prompts were launched that nothing waits for yet
 
     def join(self) -> None:
         """Let what is launched from now on run after all prompts."""
-        if self._cuda:
+        if self._apart:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-            self.cycle()
+            self._apart = False
 
-    def cycle(self) -> None:
-        """A cycle is launched next, which prompts need not wait for."""
+    def mark(self) -> None:
+        """What is launched from now on is what the next prompts need not wait for."""
         if self._cuda:
             self._before.record(torch.cuda.current_stream(self._device))
 
@@ -43,5 +44,6 @@ class Beside:
             yield
             return
         self._stream.wait_event(self._before)
+        self._apart = True
         with torch.cuda.stream(self._stream):
             yield

@@ -31,11 +31,15 @@ class Lease:
 
 
 class BlockPool:
-    """Accounts for ``num_blocks`` blocks of ``block_tokens`` tokens; block 0 is nobody's."""
+    """Accounts for ``num_blocks`` blocks of ``block_tokens`` tokens; block 0 is nobody's.
+
+    Attributes:
+        changes: how often somebody has got blocks or given them back.
+    """
 
     def __init__(self, num_blocks: int, block_tokens: int) -> None:
         self.num_blocks, self.block_tokens = num_blocks, block_tokens
-        self.evictions = 0
+        self.evictions = self.changes = 0
         self._holders = [0] * num_blocks
         self._empty = list(range(num_blocks - 1, 0, -1))
         self._idle: dict[int, None] = {}  # full blocks that nobody holds, the oldest first
@@ -72,6 +76,7 @@ class BlockPool:
             self._holders[block] += 1
             lease.ids.append(block)
         lease.shareable = len(lease.ids)
+        self.changes += 1
         return lease.shareable * self.block_tokens
 
     def grow(self, lease: Lease, length: int, spare: int = 0) -> bool:
@@ -85,6 +90,7 @@ class BlockPool:
             return True
         if more + spare > self.available:
             return False
+        self.changes += 1
         lease.ids += [self._take() for _ in range(more)]
         return True
 
@@ -103,6 +109,7 @@ class BlockPool:
 
     def release(self, lease: Lease) -> None:
         """Give all blocks back."""
+        self.changes += 1
         # The end of a text is of no use without its beginning, so it is let go first.
         for block in reversed(lease.ids):
             self._holders[block] -= 1

@@ -1,17 +1,17 @@
-"""What a forward brought, on its way to the host, and how requests get it."""
+"""What a forward brings, on its way to the host."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from idlm.decoding.cycle import State
 from idlm.engine.logprobs import logprobs_of
-from idlm.engine.request import Forward, Logprob, Request
+from idlm.engine.request import Logprob, Request
 from idlm.model.tokenizer import Tokenizer
 
 
@@ -34,43 +34,58 @@ class Launch:
     seconds: float | None = None
 
 
-class Commit:
-    """The tokens that a launch brings to ``requests``, its rows."""
+class Landing:
+    """Memory of the host that the results of one launch after another are copied into.
 
-    def __init__(self, requests: Sequence[Request], launch: Launch) -> None:
-        self.requests, self.seconds = list(requests), launch.seconds
-        self._launch = launch
-        self._packed_BX = launch.packed_BX.to("cpu", non_blocking=True)
-        self._copied: torch.cuda.Event | None = None
-        if launch.packed_BX.is_cuda:
-            self._copied = torch.cuda.Event()
+    Args:
+        size: numbers of one launch at most.
+    """
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        cuda = device.type == "cuda"
+        self._copied = torch.cuda.Event() if cuda else None
+        self._memory = torch.empty(size, dtype=torch.int64, pin_memory=cuda)
+        self._view(torch.Size((0, 0)))
+
+    def _view(self, shape: torch.Size) -> None:
+        self._host_BX = self._memory[: shape.numel()].view(shape)
+        self._packed_BX: npt.NDArray[np.int64] = self._host_BX.numpy()
+
+    def fetch(self, packed_BX: torch.Tensor) -> None:
+        """Begin to copy."""
+        if packed_BX.shape != self._host_BX.shape:
+            self._view(packed_BX.shape)
+        self._host_BX.copy_(packed_BX, non_blocking=True)
+        if self._copied is not None:
             self._copied.record()
 
-    def wait(self) -> float:
-        """Wait until the tokens are there; for how many seconds."""
-        start = time.perf_counter()
+    def wait(self) -> npt.NDArray[np.int64]:
+        """What was copied, once it is there; until the next `fetch`."""
         if self._copied is not None:
             self._copied.synchronize()
-        return time.perf_counter() - start
+        return self._packed_BX
 
-    def news(self) -> list[tuple[list[int], Forward]]:
-        """For each request the tokens that it may take, and how they came to be; after `wait`."""
-        packed_BX, rows = self._packed_BX.numpy(), self._launch.rows
-        N = (packed_BX.shape[1] - 1) // 2
-        accepted_B, drafted_B = packed_BX[:, N], packed_BX[:, N + 1]
-        overlap_BM = packed_BX[:, N + 2 :].astype(np.int32).view(np.float32)
-        reached_B = np.minimum(accepted_B + 1, drafted_B)
-        overlap_B = overlap_BM.sum(1, where=np.arange(N - 1) < reached_B[:, None])
-        packed = zip(packed_BX[:, : N + 2].tolist(), overlap_B.tolist(), strict=True)
-        return [(x[: x[N] + 1], (x[N + 1], x[N], overlap, rows)) for x, overlap in packed]
 
-    def logprobs(
-        self, row: int, count: int, tokenizer: Tokenizer
-    ) -> list[dict[int, Logprob]] | None:
+class Commit:
+    """The tokens that a launch brings to ``requests``, its rows, which are not changed in place.
+
+    Attributes:
+        first: whether they are the first tokens of these requests, which then get other rows.
+    """
+
+    def __init__(
+        self, requests: Sequence[Request], launch: Launch, landing: Landing, first: bool
+    ) -> None:
+        self.requests, self.rows, self.first = requests, launch.rows, first
+        self.stride = (launch.packed_BX.shape[1] - 1) // 2
+        self.landing, self._launch = landing, launch
+        landing.fetch(launch.packed_BX)
+
+    def logprobs(self, row: int, count: int, tokenizer: Tokenizer) -> list[dict[int, Logprob]]:
         """For each of ``count`` new tokens, its log-probability and the likeliest, if wanted."""
         top = self.requests[row].params.logprobs
         if top is None:
-            return None
+            return []
         assert self._launch.logits_BNV is not None
         return logprobs_of(
             self._launch.logits_BNV[row, :count],

@@ -6,7 +6,7 @@ import itertools
 import logging
 import secrets
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,11 +18,12 @@ from idlm.decoding.params import SamplingParams
 from idlm.decoding.policy import Policy
 from idlm.engine.batch import Batch
 from idlm.engine.check import check_request
-from idlm.engine.commit import Commit
+from idlm.engine.commit import Commit, Landing, Launch
 from idlm.engine.grammar import grammars_of
 from idlm.engine.graphs import text_requests, text_size
 from idlm.engine.kv_cache import KVCache
-from idlm.engine.request import Forward, Place, Request
+from idlm.engine.news import News
+from idlm.engine.request import Place, Request
 from idlm.engine.runner import Runner
 from idlm.engine.scheduler import Scheduler
 from idlm.engine.stats import EngineStats
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 # A forward for prompts costs about what one for the others does: with requests of some 100 tokens
 # this many cost about as much by waiting as they save.
 GATHER, GATHER_STEPS = 8, 16
+# Tokens that requests get blocks for at a time: a GPU has to be told of new ones.
+AT_ONCE = 128
 # Of a forward's time on the device, what a step is taken to last at most: more is a disturbance.
 MOST_HOST = 4.0
 # Enough for a policy to try what is worth a try.
@@ -50,8 +53,8 @@ class Engine:
         chunk: tokens of prompts that run in one step.
         ahead: launch a forward before the tokens of the last one are read, so that the device
             never waits for the host; None: on CUDA. A request that ended a forward ago has then
-            taken part in one more, of which nothing is kept. Grammars, penalties and
-            log-probabilities need the tokens first: beside them nothing is launched ahead.
+            taken part in one more, of which nothing is kept. Grammars and log-probabilities
+            need the tokens first: beside them nothing is launched ahead.
         policy: chooses the layout of every forward in place of the method's own.
     """
 
@@ -73,8 +76,8 @@ class Engine:
         self._context = config.max_position_embeddings
         self._ahead = device.type == "cuda" if ahead is None else ahead
         layouts = [method.layout, *(policy.plans if policy else ())]
-        rows = max(x.num_rows for x in layouts)
-        rows += max(x.stride for x in layouts) if self._ahead else 0
+        stride = max(x.stride for x in layouts)
+        rows = max(x.num_rows for x in layouts) + stride * self._ahead
         # With the rows in flight a request has to fit into all blocks there are.
         self._room = cache.pool.capacity - rows
         self._eos = frozenset(config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
@@ -82,8 +85,8 @@ class Engine:
         self._ids = itertools.count()
         self._failed_forwards, self._waited, self._gathering = 0, 0.0, 0
         self._pool, self._beside = cache.pool, cache.beside
-        self._scheduler = Scheduler(cache.pool, max_batch, rows)
-        longest = min(self._context, self._room) + rows + text_size(chunk)
+        self._scheduler = Scheduler(cache.pool, max_batch, rows, AT_ONCE * self._ahead)
+        longest = min(self._context, self._room) + rows + AT_ONCE + text_size(chunk)
         table_width = -(-longest // cache.pool.block_tokens)
         places = max(x.block_size for x in layouts)
         self._runner = Runner(method, cache, self._grammars, device, table_width, places)
@@ -92,6 +95,9 @@ class Engine:
         self._began: tuple[Layout, float] | None = None  # the last forward, if nothing came since
         self._batch = Batch(self._runner)
         self._flights: deque[Commit] = deque()  # launched and not read, the oldest first
+        self._landings: list[Landing] = []  # that no flight needs
+        self._results = max_batch * (2 * stride + 1)  # numbers that a forward brings at most
+        self._news: News | None = None  # of the last forwards read, which may not be handed out
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequestError` for a request that cannot be run."""
@@ -155,6 +161,7 @@ class Engine:
     def abort(self, request: Request) -> None:
         """End ``request`` at once; what it held is free for others."""
         if not request.finished:
+            self._hand_out()
             request.abort()
             self._scheduler.remove(request)
 
@@ -162,6 +169,7 @@ class Engine:
         """Give back what all requests hold; the engine is not used again."""
         self._scheduler.clear()
         self._flights.clear()
+        self._hand_out()
 
     @property
     def busy(self) -> bool:
@@ -192,37 +200,41 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def step(self) -> list[Request]:
+    def step(self) -> bool:
         """At most one decoding cycle of those that run and one chunk of prompts.
 
         A cycle that raises is tried again for each request alone; one that raises alone ends its
         request with the finish reason ``error``.
 
         Returns:
-            The requests that went forward; none while other engines hold the blocks.
+            Whether anybody went forward; nobody does while other engines hold the blocks.
         """
-        moved: list[Request] = []
+        moved = False
         self._beside.join()
         if not self._scheduler.grow():
-            moved = self._read(len(self._flights))  # who has to leave leaves with all its tokens
+            moved = bool(self._flights)
+            self._read_all()  # who has to leave leaves with all its tokens
             self._scheduler.preempt()
         elif self._gathered():
             self._scheduler.admit()
         self._batch.become(self._scheduler.running)
-        due = len(self._flights)
+        due, texts = len(self._flights), list[Request]()
+        if self._scheduler.prefilling:
+            self._beside.mark()
+        by_hand = self._batch.by_hand
         if self._batch.requests:
-            moved += [request for request in self._batch.requests if not request.finished]
             self._decode(self._batch)
+            moved = True
         if self._scheduler.prefilling:
             with self._beside.prompts():
-                moved += self._run_texts()
-        if not self._ahead or any(request.host_bound for request in moved):
-            due = len(self._flights)
-        self._read(due)
+                texts = self._run_texts()
+            by_hand = by_hand or any(request.by_hand for request in texts)
+        self._read(due if self._ahead and not by_hand else len(self._flights))
         if not (self._scheduler.running or self._scheduler.prefilling):
             self._flights.clear()  # of requests that ended
+            self._hand_out()
             self._began = None
-        return list(dict.fromkeys(moved))
+        return moved or bool(texts)
 
     def _gathered(self) -> bool:
         """Whether to begin with those that wait now.
@@ -243,8 +255,8 @@ class Engine:
             self._launch(batch)
         except Exception as error:
             self._failed_forwards += 1
-            self._beside.join()  # nothing runs beside what is left of it
-            self._read(len(self._flights))  # what came before it counts
+            self._beside.mark()  # nothing runs beside what is left of it
+            self._read_all()  # what came before it counts
             if len(requests) == 1:
                 self._fail(requests[0], error)
                 return
@@ -252,25 +264,30 @@ class Engine:
             batches = [alone for alone in batch.alone() if not alone.requests[0].finished]
             for alone in batches:
                 self._decode(alone)
+                alone.keep()
             batch.join(batches)
 
     def _launch(self, batch: Batch) -> None:
         """Begin a forward of ``batch``, by the plan that is best for it."""
-        self._beside.cycle()
         if self._policy is None:
-            self._flights.append(batch.launch(self.method))
+            self._fly(batch.requests, batch.launch(self.method), first=False)
             return
         size = len(batch.requests)
         plan, start = self._policy.choose(size), time.perf_counter()
-        commit = batch.launch(self._method_of[plan])
-        self._flights.append(commit)
+        launch = batch.launch(self._method_of[plan])
+        self._fly(batch.requests, launch, first=False)
         # Without a graph, the host is busy for as long as the forward takes.
-        seconds = commit.seconds or time.perf_counter() - start
-        if commit.seconds is not None and self._began is not None and self._began[0] == plan:
+        seconds = launch.seconds or time.perf_counter() - start
+        if launch.seconds is not None and self._began is not None and self._began[0] == plan:
             # What a graph takes is not all: the host may need longer for what it brings.
             seconds = max(seconds, min(start - self._began[1], MOST_HOST * seconds))
         self._began = plan, start
         self._policy.took(size, plan, seconds)
+
+    def _fly(self, requests: list[Request], launch: Launch, *, first: bool) -> None:
+        """Let what ``launch`` brings to ``requests`` come to the host."""
+        landings = self._landings or [Landing(self._runner.device, self._results)]
+        self._flights.append(Commit(requests, launch, landings.pop(), first))
 
     def _run_texts(self) -> list[Request]:
         """Run a chunk of what is not cached; whose text is cached decodes from then on."""
@@ -331,7 +348,7 @@ class Engine:
             for request in requests:
                 self._prefill([request])
             return
-        self._flights.append(Commit(requests, launch))
+        self._fly(requests, launch, first=True)
         for row, request in enumerate(requests):
             request.place = Place(launch.state, row)
             self._keep(request, request.num_tokens)
@@ -345,34 +362,51 @@ class Engine:
             return self.method
         return self._method_of[self._policy.current(len(self._scheduler.running))]
 
-    def _read(self, count: int) -> list[Request]:
-        """Give requests what the oldest ``count`` launches brought; those that got something."""
-        given: list[Request] = []
+    def _read(self, count: int) -> None:
+        """Give requests what the oldest ``count`` launches brought, or keep it for them."""
         for _ in range(min(count, len(self._flights))):
-            commit = self._flights.popleft()
-            self._waited += commit.wait()
-            got: list[Request] = []
-            forwards: list[Forward] = []
-            for row, (tokens, forward) in enumerate(commit.news()):
-                request = commit.requests[row]
-                if request.finished:
-                    continue
+            commit, start = self._flights.popleft(), time.perf_counter()
+            packed_BX = commit.landing.wait()
+            self._waited += time.perf_counter() - start
+            news = self._news_for(commit)
+            rows = news.add(packed_BX)
+            self._landings.append(commit.landing)
+            self._scheduler.committed(commit.stride)
+            for row, tokens, forwards in news.portions(rows):
+                request = news.requests[row]
                 try:
-                    request.take(tokens, forward, commit.logprobs(row, len(tokens), self.tokenizer))
-                    request.cached = request.num_tokens - 1
+                    request.logprobs += commit.logprobs(row, len(tokens), self.tokenizer)
+                    request.take(tokens, forwards)
                 except Exception as error:
                     self._blame(request, error)
-                got.append(request)
-                forwards.append(forward)
-            for request in got:
                 if request.finished:
+                    news.end(row)
                     self._scheduler.remove(request)
-            given += got
+            if commit.first:
+                news.hand_out()
+
+    def _news_for(self, commit: Commit) -> News:
+        """Where to keep what ``commit`` brings."""
+        vocab_size = self.method.decoder.config.vocab_size
+        if commit.first:
+            return News(commit, vocab_size)
+        if self._news is None or not self._news.takes(commit):
+            self._hand_out()
+            self._news = News(commit, vocab_size)
+        return self._news
+
+    def _read_all(self) -> None:
+        """Give requests all that was launched."""
+        self._read(len(self._flights))
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give requests what is kept for them, and tell the policy how their drafts went."""
+        if self._news is not None:
+            self._news.hand_out()
             if self._policy is not None:
-                tested = Counter((drafted, accepted) for drafted, accepted, _, _ in forwards)
-                for outcome, times in tested.items():
-                    self._policy.saw(*outcome, times)
-        return given
+                self._policy.saw(*self._news.tested())
+            self._news = None
 
     def _keep(self, request: Request, cached: int) -> None:
         """Note that the first ``cached`` tokens of ``request`` are cached."""

@@ -53,12 +53,24 @@ class Graphs:
         self._inputs: dict[tuple[object, ...], Inputs] = {}
         self._texts: dict[tuple[object, ...], Texts] = {}
         self._graphs: dict[tuple[object, ...], Graph] = {}
+        self._last: Cycle | None = None
         self._pools: dict[type, tuple[Any, torch.cuda.Stream]] = {}
 
     def decode(
         self, method: Method, table_BP: torch.Tensor, state: State, sampling: Sampling
     ) -> Launch:
         """`cycle.decode`; the state of the outcome is overwritten by the next call."""
+        last = self._last
+        if last is None or not last.comes_before(method, state, sampling):
+            last = self._last = self._cycle(method, table_BP, state, sampling)
+        last.inputs.take_table(table_BP)
+        last.graph.replay()
+        return last.launch
+
+    def _cycle(
+        self, method: Method, table_BP: torch.Tensor, state: State, sampling: Sampling
+    ) -> Cycle:
+        """The cycle that goes on from ``state``, which its graph then finds in its inputs."""
         B = len(state.pending_B)
         size = _power(B)
         kind = (size, *sampling.kind)
@@ -73,11 +85,10 @@ class Graphs:
                 return cycle.decode(method, *caches, inputs.table_BP, inputs.state, inputs.sampling)
 
             self._graphs[key] = self._captured(run, inputs)
-        inputs.take(table_BP, state, sampling)
         graph = self._graphs[key]
-        graph.graph.replay()
-        state = inputs.state_of(B)
-        return Launch(state, graph.packed_BX[:B], graph.rows, None, graph.seconds)
+        state = inputs.take(table_BP, state, sampling)
+        launch = Launch(state, graph.packed_BX[:B], graph.rows, None, graph.seconds)
+        return Cycle(method, sampling, inputs, graph.graph, launch)
 
     def prefill(
         self,
@@ -190,6 +201,22 @@ class Graph:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Cycle:
+    """A graph of some requests, which is launched again as long as nothing changes."""
+
+    method: Method
+    sampling: Sampling
+    inputs: Inputs
+    graph: torch.cuda.CUDAGraph
+    launch: Launch
+
+    def comes_before(self, method: Method, state: State, sampling: Sampling) -> bool:
+        """Whether it is to be launched once more, with these."""
+        same = self.method is method and self.sampling is sampling
+        return same and self.launch.state is state
+
+
 @dataclass
 class Inputs:
     """What the graphs of one size and kind of sampling read and write.
@@ -204,7 +231,9 @@ class Inputs:
     state: State
     sampling: Sampling
     real_B: torch.Tensor
-    _taken: tuple[object, object, object] = (None, None, None)
+    _table_BP: torch.Tensor | None = None  # that was taken over last, as were these
+    _sampling: Sampling | None = None
+    _state: State | None = None
 
     @classmethod
     def empty(
@@ -249,32 +278,41 @@ class Inputs:
         self.real_B.fill_(1)
         self.state.length_B.fill_(min(TIMED_TEXT, self.table_BP.shape[1] * BLOCK_TOKENS // 2))
 
-    def take(self, table_BP: torch.Tensor, state: State, sampling: Sampling) -> None:
-        """Take over what is not the same objects as in the last call."""
-        B, taken = len(state.pending_B), self._taken
-        anew = taken[1] is not state or taken[2] is not sampling
-        if anew:
+    def take(self, table_BP: torch.Tensor, state: State, sampling: Sampling) -> State:
+        """Take over what is not the same objects as in the last call.
+
+        Returns:
+            The state as it is here, which the next graph overwrites.
+        """
+        if self._state is None or self._state is not state or self._sampling is not sampling:
+            B, self._table_BP = len(state.pending_B), None
             self.clear()
-        if anew or taken[0] is not table_BP:
-            self.table_BP[:B, : table_BP.shape[1]] = table_BP
-            # Block 0 is nobody's, and so is a row that begins with it.
-            self.real_B[:B] = table_BP[:, 0] != 0
-        if anew:
+            self.take_table(table_BP)
             for name, tensor in self.sampling.tensors.items():
                 tensor[:B] = sampling.tensors[name]
             self._take_state(state, B)
-        self._taken = (table_BP, state, sampling)
+            self._sampling, self._state = sampling, self._rows(B)
+        return self._state
 
-    def state_of(self, B: int) -> State:
-        """The first ``B`` rows of the state, which the next graph overwrites."""
+    def take_table(self, table_BP: torch.Tensor) -> None:
+        """Take over the blocks of the requests that were taken last."""
+        if table_BP is not self._table_BP:
+            B, P = table_BP.shape
+            self.table_BP[:B, :P] = table_BP
+            # Block 0 is nobody's, and so is a row that begins with it.
+            self.real_B[:B] = table_BP[:, 0] != 0
+            self._table_BP = table_BP
+
+    def _rows(self, B: int) -> State:
+        """The first ``B`` of the state."""
         drafts = self.state.drafts
-        state = State(
+        return State(
             self.state.pending_B[:B],
             self.state.length_B[:B],
             Drafts(*(getattr(drafts, f.name)[:B] for f in fields(drafts))),
+            None if self.sampling.counts_BV is None else self.sampling.counts_BV[:B],
+            None if self.sampling.prompt_BV is None else self.sampling.prompt_BV[:B],
         )
-        self._taken = (self._taken[0], state, self._taken[2])
-        return state
 
     def go_on(self, state: State) -> State:
         """Write ``state`` over the one that it came from; rows of nobody stay short."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -54,9 +54,17 @@ class Logprob:
     decoded_token: str
 
 
-# Drafts that a forward tested, those that stood, their overlap, and its rows: what
-# `DecodeStats.forward` counts.
-Forward = tuple[int, int, float, int]
+class Forwards(NamedTuple):
+    """How some forwards went for one request.
+
+    Attributes:
+        outcomes: of each, drafts that it tested and those that stood: two bytes.
+        overlap, rows: over all of them, as `DecodeStats` counts them.
+    """
+
+    outcomes: bytes
+    overlap: float
+    rows: int
 
 
 class Place(NamedTuple):
@@ -64,6 +72,10 @@ class Place(NamedTuple):
 
     state: State
     row: int
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(eq=False)
@@ -76,12 +88,12 @@ class Request:
         error: what ended it, if its finish reason is ``error``.
         started: `time.perf_counter` at its first admission; 0: not yet.
         lease: its blocks of the KV cache.
-        cached: tokens of prompt and output whose keys and values are in them.
         place: what it decodes on from, while it is not in a batch; None before its first token.
         prefix_hit_tokens: tokens of the prompt that were cached when it was first admitted.
         preemptions: how often it had to leave and come back.
-        by_hand: whether the host takes part in its forwards.
-        host_bound: whether its next forward needs the last one's tokens on the host.
+        by_hand: whether the host takes part in its forwards, for which it needs all tokens before.
+        watched: whether each forward has to be looked at, as only that tells if it has ended.
+        catch_up: brings to it what was read for it and is kept elsewhere.
     """
 
     id: int
@@ -94,20 +106,21 @@ class Request:
     grammar: Grammar | None = None
     priority: int = 0
     phase: Phase = Phase.WAITING
-    token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     started: float = 0.0
     lease: Lease = field(default_factory=Lease)
-    cached: int = 0
     place: Place | None = None
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     by_hand: bool = field(init=False)
-    host_bound: bool = field(init=False)
-    _forwards: list[Forward] = field(default_factory=list)  # not in sources and stats yet
+    watched: bool = field(init=False)
+    catch_up: Callable[[], None] = _nothing
+    _token_ids: list[int] = field(default_factory=list)
+    _cached: int = 0
+    _outcomes: bytearray = field(default_factory=bytearray)  # not in sources and stats yet
     _sources: list[Source] = field(default_factory=list)
     _stats: DecodeStats = field(default_factory=DecodeStats)
     _text: str = ""
@@ -117,7 +130,7 @@ class Request:
     def __post_init__(self) -> None:
         params = self.params
         self.by_hand = params.constrained or params.logprobs is not None
-        self.host_bound = self.by_hand or params.penalised
+        self.watched = self.by_hand or bool(params.stop)
 
     @classmethod
     def create(
@@ -154,6 +167,27 @@ class Request:
     def finished(self) -> bool:
         """Whether no more tokens will come."""
         return self.phase is Phase.FINISHED
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Its output so far."""
+        self.catch_up()
+        return self._token_ids
+
+    def follow(self, catch_up: Callable[[], None]) -> int:
+        """Let ``catch_up`` bring what will be read for it; how many tokens may still come."""
+        self.catch_up = catch_up
+        return self.max_tokens - len(self._token_ids)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of prompt and output whose keys and values are in its blocks."""
+        self.catch_up()
+        return self._cached
+
+    @cached.setter
+    def cached(self, tokens: int) -> None:
+        self._cached = tokens
 
     @property
     def scoring(self) -> bool:
@@ -194,6 +228,7 @@ class Request:
 
         What may still become part of a stop string is held back until it is decided.
         """
+        self.catch_up()
         self._decode()
         return self._text
 
@@ -209,38 +244,37 @@ class Request:
         self._count()
         return self._stats
 
-    def take(
-        self,
-        tokens: Sequence[int],
-        forward: Forward,
-        logprobs: Sequence[dict[int, Logprob]] | None = None,
-    ) -> None:
-        """Take what ``forward`` committed, up to a token that ends the request."""
-        self._forwards.append(forward)
-        if logprobs is not None:
-            self.logprobs += logprobs
-        # Only where a stop string or a grammar may end it does each token have to be looked at.
-        if (
-            len(self.token_ids) + len(tokens) < self.max_tokens
-            and self.stop_token_ids.isdisjoint(tokens)
-            and not self.params.stop
-            and self.grammar is None
-        ):
-            self.token_ids += tokens
-            return
-        for token in tokens:
-            self.token_ids.append(token)
+    def append(self, tokens: Sequence[int], forwards: Forwards) -> None:
+        """Take what ``forwards`` committed and what does not end it.
+
+        All tokens but the last are cached by then.
+        """
+        self._outcomes += forwards.outcomes
+        self._stats.overlap += forwards.overlap
+        self._stats.rows += forwards.rows
+        self._token_ids += tokens
+        self._cached = len(self.prompt_token_ids) + len(self._token_ids) - 1
+
+    def take(self, tokens: Sequence[int], forwards: Forwards) -> None:
+        """Take what ``forwards`` committed, up to a token of the last one that ends the request."""
+        last = forwards.outcomes[-1] + 1
+        self.append(tokens[:-last], forwards)
+        for token in tokens[-last:]:
+            self._token_ids.append(token)
             self._look_at(token)
             if self.finished:
-                return
+                break
+        self._cached = len(self.prompt_token_ids) + len(self._token_ids) - 1
 
     def abort(self) -> None:
         """End the request where it stands."""
+        self.catch_up()
         self._end(FinishReason.ABORT)
 
     def fail(self, error: Exception) -> None:
         """End the request because of ``error``."""
         self.error = error
+        self.catch_up()
         self._decode()
         self._finish(FinishReason.ERROR)
 
@@ -253,13 +287,13 @@ class Request:
             self.grammar.advance(token)
         if self.params.stop and self._decode():
             self._finish(FinishReason.STOP)
-        elif len(self.token_ids) >= self.max_tokens:
+        elif len(self._token_ids) >= self.max_tokens:
             self._end(FinishReason.LENGTH)
 
     def _end(self, reason: FinishReason) -> None:
         """Finish with all text that is still held."""
         stopped = reason is FinishReason.STOP  # by a token that stands for no text
-        self._decode(len(self.token_ids) - stopped)
+        self._decode(len(self._token_ids) - stopped)
         self._held += self.detokenizer.flush()
         if self._release():
             reason = FinishReason.STOP
@@ -270,7 +304,7 @@ class Request:
         """Bring the text up to the first ``count`` tokens; whether a stop string is complete."""
         if self.finished:
             return False
-        new = self.token_ids[self._decoded : count]
+        new = self._token_ids[self._decoded : count]
         self._decoded += len(new)
         self._held += self.detokenizer.push_all(new)
         return self._release()
@@ -297,20 +331,22 @@ class Request:
     def _finish(self, reason: FinishReason) -> None:
         self.phase = Phase.FINISHED
         self.finish_reason = reason
-        self._stats.tokens = len(self.token_ids)
-        del self.logprobs[len(self.token_ids) :]
-        self.place = None
+        self._stats.tokens = len(self._token_ids)
+        del self.logprobs[len(self._token_ids) :]
+        self.place, self.catch_up = None, _nothing
         if self.started:
             self._stats.seconds = time.perf_counter() - self.started
 
     def _count(self) -> None:
         """Bring sources and stats up to date; seldom asked for while forwards are many."""
-        for drafted, accepted, overlap, rows in self._forwards:
-            self._stats.forward(drafted, accepted, overlap, rows)
+        self.catch_up()
+        outcomes = list(zip(self._outcomes[::2], self._outcomes[1::2], strict=True))
+        self._outcomes.clear()
+        self._stats.outcomes.update(outcomes)
+        for drafted, accepted in outcomes:
             last = Source.CORRECTION if accepted < drafted else Source.SAMPLED
             self._sources += [*[Source.DRAFT] * accepted, last]
-        self._forwards.clear()
-        del self._sources[len(self.token_ids) :]
+        del self._sources[len(self._token_ids) :]
 
 
 def _overlap(text: str, stop: str) -> int:

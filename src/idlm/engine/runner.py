@@ -46,7 +46,7 @@ class Runner:
         table_width: int,
         places: int,
     ) -> None:
-        self.method, self.device = method, device
+        self.method, self.device, self.pool = method, device, cache.pool
         self._cache, self._grammars = cache, grammars
         self._graphs: Graphs | None = None
         if device.type == "cuda":
@@ -60,9 +60,13 @@ class Runner:
         table_BP: torch.Tensor,
         state: State,
         sampling: Sampling,
+        by_hand: bool,
     ) -> Launch:
-        """One cycle of ``method``, which is the runner's own but for the layout."""
-        if self._graphs is not None and not any(r.by_hand for r in requests):
+        """One cycle of ``method``, which is the runner's own but for the layout.
+
+        ``by_hand``: whether the host takes part in it for one of ``requests``.
+        """
+        if self._graphs is not None and not by_hand:
             try:
                 return self._graphs.decode(method, table_BP, state, sampling)
             except CaptureError as error:
@@ -136,13 +140,24 @@ class Runner:
             )
         ]
 
-    def sampling(self, requests: Sequence[Request]) -> Sampling:
-        """The sampling parameters of ``requests`` and what their penalties count, now."""
+    def sampling(self, requests: Sequence[Request], state: State | None = None) -> Sampling:
+        """The sampling parameters of ``requests`` and what their penalties count.
+
+        That is in their ``state``; without it, the host counts the tokens that it knows.
+        """
+        prompts: Sequence[Sequence[int]] | torch.Tensor
+        outputs: Sequence[Sequence[int]] | torch.Tensor
+        if state is not None and state.prompt_BV is not None and state.counts_BV is not None:
+            prompts, outputs = state.prompt_BV, state.counts_BV
+        else:
+            prompts, outputs = zip(
+                *((r.prompt_token_ids, r.token_ids) for r in requests), strict=True
+            )
         return Sampling.of(
             [r.params for r in requests],
             [r.seed for r in requests],
-            [r.prompt_token_ids for r in requests],
-            [r.token_ids for r in requests],
+            prompts,
+            outputs,
             self.method.decoder.config.vocab_size,
             self.device,
         )

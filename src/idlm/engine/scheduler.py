@@ -23,18 +23,22 @@ class Scheduler:
         max_batch: requests that run at once.
         num_rows: in-flight rows of one forward, and tokens of those that are launched ahead; a
             request holds blocks for them too.
+        at_once: tokens for which those that run get blocks beyond what they need, all at the same
+            time, while there are plenty.
     Attributes:
         waiting: in the order in which they will be admitted.
         prefilling: the one whose text is being run.
         running: those that decode, first come first.
     """
 
-    def __init__(self, pool: BlockPool, max_batch: int, num_rows: int) -> None:
+    def __init__(self, pool: BlockPool, max_batch: int, num_rows: int, at_once: int) -> None:
         self.pool, self.max_batch, self.num_rows = pool, max_batch, num_rows
+        self.at_once = at_once
         self.waiting: list[Request] = []
         self.prefilling: Request | None = None
         self.running: list[Request] = []
         self.preemptions = self.prefix_hit_tokens = 0
+        self._spare = 0  # tokens that everybody who runs has blocks for beyond ``num_rows``
 
     def add(self, request: Request) -> None:
         """Let ``request`` wait."""
@@ -58,9 +62,18 @@ class Scheduler:
 
     def grow(self) -> bool:
         """Make room for the next forward of those that run; whether there is room for all."""
-        more, size = self.num_rows, self.pool.block_tokens
-        short = [r for r in self.running if r.cached + more > len(r.lease.ids) * size]
-        return all(self._has_room(request) for request in short)
+        if self._spare >= 0:
+            return True
+        # All at the same time: whatever blocks change, the device has to be told.
+        more = self.at_once if self._plenty else 0
+        if not all(self._has_room(request, more) for request in self.running):
+            return False
+        self._spare = min((self._spare_of(r, r.cached) for r in self.running), default=0)
+        return True
+
+    def committed(self, tokens: int) -> None:
+        """Note that those that run have got up to so many tokens each."""
+        self._spare -= tokens
 
     def preempt(self) -> None:
         """Let requests leave until there is room for the next forward of those that run.
@@ -82,10 +95,21 @@ class Scheduler:
         """The text of ``request`` is cached: it decodes from now on."""
         self.prefilling = None
         request.phase = Phase.RUNNING
+        self._spare = min(self._spare, self._spare_of(request, request.num_tokens))
         insort(self.running, request, key=_order)
 
-    def _has_room(self, request: Request) -> bool:
-        return self.pool.grow(request.lease, request.cached + self.num_rows)
+    @property
+    def _plenty(self) -> bool:
+        """Whether blocks may be given for `at_once` tokens."""
+        wanted = (len(self.running) + 1) * (self.num_rows + self.at_once)
+        return self.pool.available * self.pool.block_tokens > 2 * wanted
+
+    def _spare_of(self, request: Request, cached: int) -> int:
+        """Tokens beyond ``num_rows`` that it has blocks for."""
+        return len(request.lease.ids) * self.pool.block_tokens - cached - self.num_rows
+
+    def _has_room(self, request: Request, more: int = 0) -> bool:
+        return self.pool.grow(request.lease, request.cached + self.num_rows + more)
 
     def _lease(self, request: Request) -> bool:
         """Give ``request`` its blocks, those of others that are the same first."""
@@ -93,8 +117,11 @@ class Scheduler:
         # The last token's row is computed in any case: what follows it is wanted.
         most = 0 if request.scoring else (request.num_tokens - 1) // pool.block_tokens
         request.cached = pool.share(lease, request.tokens, most)
+        wanted = request.num_tokens + self.num_rows
         # Those that run will need a block each before long.
-        if pool.grow(lease, request.num_tokens + self.num_rows, spare=len(self.running)):
+        if pool.grow(lease, wanted, spare=len(self.running)):
+            if self._plenty:
+                pool.grow(lease, wanted + self.at_once)
             return True
         self._release(request)
         return False

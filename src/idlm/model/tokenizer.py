@@ -134,21 +134,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes, maybe half a character, of a token of a byte-level vocabulary."""
-        known = self._bytes_of.get(token_id)
-        if known is None:
-            token = self.backend.id_to_token(token_id) or ""
-            alphabet = _byte_alphabet()
-            if all(character in alphabet for character in token):
-                known = bytes(alphabet[character] for character in token)
-            else:
-                known = token.encode("utf-8")
-            self._bytes_of[token_id] = known
-        return known
+        return self.bytes_of[token_id]
 
     @cached_property
-    def _bytes_of(self) -> dict[int, bytes]:
-        """What `token_bytes` has found."""
-        return {}
+    def bytes_of(self) -> dict[int, bytes]:
+        """`token_bytes` of all tokens, each found when it is first asked for."""
+        return _TokenBytes(self.backend)
 
     def decode_inside(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` where other text stands before them, special tokens included."""
@@ -175,6 +166,23 @@ class Tokenizer:
             if text := self.decode([token_id]):
                 return token_id, text
         raise CheckpointError("The tokenizer has no ordinary token; fetch the model again.")
+
+
+class _TokenBytes(dict[int, bytes]):
+    """Bytes of the tokens of a byte-level vocabulary."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        super().__init__()
+        self._backend = backend
+
+    def __missing__(self, token_id: int) -> bytes:
+        token, alphabet = self._backend.id_to_token(token_id) or "", _byte_alphabet()
+        if all(character in alphabet for character in token):
+            found = bytes(alphabet[character] for character in token)
+        else:
+            found = token.encode("utf-8")
+        self[token_id] = found
+        return found
 
 
 class Detokenizer:
@@ -209,8 +217,9 @@ class Detokenizer:
         """What pushing ``token_ids`` one by one gives."""
         if not self._tokenizer.is_byte_level:
             return "".join(map(self.push, token_ids))
-        spoken = (t for t in token_ids if t not in self._skipped)
-        return self._utf8.decode(b"".join(map(self._tokenizer.token_bytes, spoken)))
+        if not self._skipped.isdisjoint(token_ids):
+            token_ids = [t for t in token_ids if t not in self._skipped]
+        return self._utf8.decode(b"".join(map(self._tokenizer.bytes_of.__getitem__, token_ids)))
 
     def flush(self) -> str:
         """The rest of the text, when no more tokens come."""
