@@ -308,6 +308,39 @@ def test_short_prompts_share_a_step_up_to_the_chunk(llm: LLM, model: Any) -> Non
     engine.close()
 
 
+def test_a_prompt_runs_beside_the_cycles_of_others(
+    llm: LLM, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(llm, model, "quadratic", 3, "coupled", ahead=True)
+    first = engine.add([7, 8, 9], params_of(0, 60))
+    for _ in range(3):
+        engine.step()
+    assert engine._batch.requests == [first]
+    joins: list[list[Request]] = []
+    join = engine._beside.join
+
+    def batch() -> list[Request]:
+        return engine._batch.requests
+
+    def noted() -> None:
+        joins.append(batch())
+        join()
+
+    monkeypatch.setattr(engine._beside, "join", noted)
+    second = engine.add([3, 4, 5, 6], params_of(1, 20))
+    engine.step()  # launches its prompt
+    assert batch() == [first] and not second.token_ids
+    engine.step()  # launches one more cycle of the others before the prompt is read
+    assert batch() == [first] and second.token_ids
+    assert joins == []
+    engine.step()
+    assert batch() == [first, second] and joins == [[first]]
+    run(engine)
+    assert_empty(engine)
+    for request, prompt in ((first, [7, 8, 9]), (second, [3, 4, 5, 6])):
+        assert request.token_ids == alone(engine, prompt, request.params)
+
+
 def test_hundreds_wait_and_come_in_order_of_priority_and_arrival(llm: LLM, model: Any) -> None:
     engine = engine_of(llm, model, "quadratic", 3, "coupled", kv_cache_tokens=200, max_batch=3)
     requests = [

@@ -41,6 +41,10 @@ class Batch:
         self._sampling: Sampling | None = None
         self._table: Table | None = None
 
+    def gains(self, requests: Sequence[Request]) -> bool:
+        """Whether there is anybody among ``requests`` who is not in the batch yet."""
+        return requests != self._wanted and not set(requests) <= set(self.requests)
+
     def become(self, requests: Sequence[Request]) -> None:
         """Let ``requests`` be the batch; who leaves unfinished takes its state along."""
         if requests != self._wanted:

@@ -1,9 +1,9 @@
-"""Two streams of one device: prompts run beside the cycle that was launched just before them.
+"""Two streams of one device: prompts run beside cycles.
 
-What is launched lies in order: prompts run after all that came before the last cycle, and whatever
-is launched next runs after the prompts. So a prompt and that one cycle are all that overlaps, and
-these two never touch the same blocks: a request joins after its prompt, and one that has ended
-has no row in a cycle that is launched after its blocks were given back.
+Prompts run after all that came before the last cycle when they were launched, and beside it and the
+cycles after it, until one of them joins (`Beside.join`). They never touch the same blocks: a
+request joins after its prompt; one that has ended has no row in a cycle that is launched after its
+blocks were given back; and who gives back blocks that a prompt may still write into joins first.
 """
 
 from __future__ import annotations

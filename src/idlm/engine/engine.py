@@ -94,6 +94,7 @@ class Engine:
         self._method_of = {x: replace(method, layout=x) for x in layouts}
         self._began: tuple[Layout, float] | None = None  # the last forward, if nothing came since
         self._batch = Batch(self._runner)
+        self._arriving: set[Request] = set()  # whose prompts run beside the others' cycles
         self._flights: deque[Commit] = deque()  # launched and not read, the oldest first
         self._landings: list[Landing] = []  # that no flight needs
         self._results = max_batch * (2 * stride + 1)  # numbers that a forward brings at most
@@ -162,11 +163,13 @@ class Engine:
         """End ``request`` at once; what it held is free for others."""
         if not request.finished:
             self._hand_out()
+            self._beside.join()  # who gets its blocks runs after what may write into them
             request.abort()
             self._scheduler.remove(request)
 
     def close(self) -> None:
         """Give back what all requests hold; the engine is not used again."""
+        self._beside.join()
         self._scheduler.clear()
         self._flights.clear()
         self._hand_out()
@@ -210,14 +213,14 @@ class Engine:
             Whether anybody went forward; nobody does while other engines hold the blocks.
         """
         moved = False
-        self._beside.join()
         if not self._scheduler.grow():
             moved = bool(self._flights)
             self._read_all()  # who has to leave leaves with all its tokens
+            self._beside.join()
             self._scheduler.preempt()
         elif self._gathered():
             self._scheduler.admit()
-        self._batch.become(self._scheduler.running)
+        self._gather()
         due, texts = len(self._flights), list[Request]()
         if self._scheduler.prefilling:
             self._beside.mark()
@@ -232,9 +235,23 @@ class Engine:
         self._read(due if self._ahead and not by_hand else len(self._flights))
         if not (self._scheduler.running or self._scheduler.prefilling):
             self._flights.clear()  # of requests that ended
+            self._arriving.clear()
             self._hand_out()
             self._began = None
         return moved or bool(texts)
+
+    def _gather(self) -> None:
+        """Let the batch be those that run, but for prompts that still run beside others' cycles."""
+        running = self._scheduler.running
+        if self._arriving:
+            others = [request for request in running if request not in self._arriving]
+            if others:
+                running = others
+            else:  # nobody to run beside
+                self._arriving.clear()
+        if self._batch.gains(running):
+            self._beside.join()
+        self._batch.become(running)
 
     def _gathered(self) -> bool:
         """Whether to begin with those that wait now.
@@ -349,6 +366,7 @@ class Engine:
                 self._prefill([request])
             return
         self._fly(requests, launch, first=True)
+        self._arriving.update(requests)
         for row, request in enumerate(requests):
             request.place = Place(launch.state, row)
             self._keep(request, request.num_tokens)
@@ -384,6 +402,7 @@ class Engine:
                     self._scheduler.remove(request)
             if commit.first:
                 news.hand_out()
+                self._arriving.difference_update(commit.requests)
 
     def _news_for(self, commit: Commit) -> News:
         """Where to keep what ``commit`` brings."""
@@ -421,5 +440,6 @@ class Engine:
         if not isinstance(error, InvalidRequestError):  # else whoever asked is told
             logger.error("Request %d failed.", request.id, exc_info=error)
         if not request.finished:
+            self._beside.join()
             request.fail(error)
             self._scheduler.remove(request)
