@@ -152,7 +152,7 @@ def measure(
         engine.step()
         now = time.perf_counter()
         for request in list(alive):
-            if request.token_ids and request.id not in first:
+            if request.id not in first and request.token_ids:
                 first[request.id] = now
             if request.finished:
                 if request.error is not None:
