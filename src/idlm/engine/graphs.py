@@ -286,7 +286,9 @@ class Inputs:
         """
         if self._state is None or self._state is not state or self._sampling is not sampling:
             B, self._table_BP = len(state.pending_B), None
-            self.clear()
+            # What else is left of others in rows of nobody does no harm.
+            for tensor in (self.table_BP, self.real_B, self.state.length_B):
+                tensor.zero_()
             self.take_table(table_BP)
             for name, tensor in self.sampling.tensors.items():
                 tensor[:B] = sampling.tensors[name]

@@ -150,9 +150,9 @@ class Runner:
         if state is not None and state.prompt_BV is not None and state.counts_BV is not None:
             prompts, outputs = state.prompt_BV, state.counts_BV
         else:
-            prompts, outputs = zip(
-                *((r.prompt_token_ids, r.token_ids) for r in requests), strict=True
-            )
+            prompts = [r.prompt_token_ids for r in requests]
+            # Nobody is asked for tokens that do not matter: they may not have been handed out.
+            outputs = [r.token_ids if r.params.penalised else () for r in requests]
         return Sampling.of(
             [r.params for r in requests],
             [r.seed for r in requests],
