@@ -7,7 +7,7 @@ drafted from ``q`` is tested against ``p`` made in the same way.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -113,8 +113,7 @@ class Sampling:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that there are, by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: x for name, x in values.items() if isinstance(x, torch.Tensor)}
+        return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
 
     @property
     def kind(self) -> tuple[object, ...]:
