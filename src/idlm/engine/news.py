@@ -11,7 +11,7 @@ import numpy.typing as npt
 from idlm.engine.commit import Commit
 from idlm.engine.request import Forwards
 
-FORWARDS = 32  # that are kept together: few enough for a policy to hear of them in time
+FORWARDS = 8  # that are kept: to give them out takes the host no longer than the device a forward
 LIVE = FORWARDS + 1  # more than there will be
 NEVER = 1 << 60
 
