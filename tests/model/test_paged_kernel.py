@@ -11,10 +11,12 @@ from idlm.model.attention import grouped_attention, visibility_bias, within_wind
 from idlm.model.decoder import rotate
 
 pytest.importorskip("triton")
-from idlm.model.cuda.paged_attention import PART_KEYS, Rows, attend, rotate_and_append
+from idlm.model.cuda.paged_attention import PART_KEYS, Rows, attend, cut_of, rotate_and_append
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T = 16
+# The interpreter's matrix product takes bf16 for integers.
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 class Case:
@@ -116,6 +118,18 @@ def test_matches_sdpa(starts: list[int], R: int, heads: int, kv_heads: int, dim:
     assert relative_error(case.run(), case.expected()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("starts", "R", "heads", "kv_heads", "rows"),
+    [([40] * 16, 16, 9, 3, 64), ([5, 70], 88, 3, 1, 64), ([9] * 16, 5, 9, 3, 16)],
+)
+def test_high_tiles(starts: list[int], R: int, heads: int, kv_heads: int, rows: int) -> None:
+    """Many rows that see the same keys, of many requests or of a prompt, share what they read."""
+    packed, texts = R * heads // kv_heads, len(starts) * kv_heads
+    assert cut_of(texts, packed, 64, itemsize=2).rows == rows
+    case = Case(starts, R, heads, kv_heads, 64, torch.float16, masks=R // 2)
+    assert relative_error(case.run(), case.expected()) < BOUNDS[torch.float16]
+
+
 @pytest.mark.parametrize("window", [1, 270])
 def test_sliding_window(window: int) -> None:
     case = Case([300, 3], 3, 4, 2, 64)
@@ -135,10 +149,6 @@ def test_a_request_does_not_depend_on_the_batch() -> None:
     together = case.run()
     for b in range(3):
         torch.testing.assert_close(case.run(rows=slice(b, b + 1)), together[b : b + 1])
-
-
-# The interpreter's matrix product takes bf16 for integers.
-BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @pytest.mark.gpu
