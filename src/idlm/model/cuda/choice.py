@@ -233,6 +233,19 @@ def _uniform(  # type: ignore[no-untyped-def]
     tl.store(u_ptr + row, open_uniform(key))
 
 
+@triton.jit
+def best_of_row(  # type: ignore[no-untyped-def]
+    values_ptr, indices_ptr, row, chunks, V: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """Index of the best of a row, given the best of its chunks."""
+    chunk = tl.arange(0, CHUNKS)
+    place = row * chunks + chunk
+    value = tl.load(values_ptr + place, mask=chunk < chunks, other=float("-inf"))
+    index = tl.load(indices_ptr + place, mask=chunk < chunks, other=V - 1)
+    _, first = first_best(value, index, V - 1, 0)
+    return first.to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["chunks"])
 def _best(  # type: ignore[no-untyped-def]
     values_ptr,
@@ -246,12 +259,7 @@ def _best(  # type: ignore[no-untyped-def]
     """One row, from the best of its chunks."""
     wait(OVERLAP)
     row = tl.program_id(0)
-    chunk = tl.arange(0, CHUNKS)
-    place = row * chunks + chunk
-    value = tl.load(values_ptr + place, mask=chunk < chunks, other=float("-inf"))
-    index = tl.load(indices_ptr + place, mask=chunk < chunks, other=V - 1)
-    _, first = first_best(value, index, V - 1, 0)
-    tl.store(index_ptr + row, first.to(tl.int64))
+    tl.store(index_ptr + row, best_of_row(values_ptr, indices_ptr, row, chunks, V, CHUNKS))
 
 
 @triton.jit(do_not_specialize=["R"])

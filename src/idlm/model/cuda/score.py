@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from idlm.model.cuda.choice import best_of_chunks, first_best
+from idlm.model.cuda.choice import best_of_chunks, best_of_row, first_best
 from idlm.model.cuda.draw import Draw
 from idlm.model.cuda.noise import exponential, key_of
 from idlm.model.cuda.overlap import overlap, wait
@@ -223,13 +223,9 @@ def _draft_likeliest(  # type: ignore[no-untyped-def]
     """The draft of one request, from the best of its chunks."""
     wait(OVERLAP)
     b = tl.program_id(0)
-    chunk = tl.arange(0, CHUNKS)
-    place = b * chunks + chunk
-    value = tl.load(values_ptr + place, mask=chunk < chunks, other=float("-inf"))
-    index = tl.load(indices_ptr + place, mask=chunk < chunks, other=V - 1)
-    _, token = first_best(value, index, V - 1, 0)
-    tl.store(tokens_ptr + b * tokens_stride, token.to(tl.int64))
-    row_ptr = embedding_ptr + token.to(tl.int64) * H
+    token = best_of_row(values_ptr, indices_ptr, b, chunks, V, CHUNKS)
+    tl.store(tokens_ptr + b * tokens_stride, token)
+    row_ptr = embedding_ptr + token * H
     _copy_normed(row_ptr, norm_ptr, eps, embedded_ptr + b * H, H, WIDTH)
 
 
