@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from idlm.decoding.params import SamplingParams
@@ -16,7 +17,7 @@ from idlm.decoding.random import Stream, exponential
 from idlm.model.cpu import kernels as cpu_kernels
 from idlm.model.cuda import head as cuda_head
 from idlm.model.cuda.draw import Draw
-from idlm.model.transfer import upload
+from idlm.model.transfer import upload, upload_all
 
 
 @dataclass
@@ -75,12 +76,14 @@ class Sampling:
 
         greedy = [p.greedy for p in params]
         temperature = [1.0 if p.greedy else p.temperature for p in params]
+        everybody = [np.array(seeds), np.array(greedy), np.array(temperature, np.float32)]
+        seed_B, greedy_B, temperature_B = upload_all(everybody, device)
         sampling = cls(
-            seed_B=upload(seeds, device),
-            greedy_B=upload(greedy, device),
+            seed_B=seed_B,
+            greedy_B=greedy_B,
             all_greedy=all(greedy),
             any_greedy=any(greedy),
-            temperature_B=upload(temperature, device, torch.float32),
+            temperature_B=temperature_B,
         )
         # A greedy request's distribution is the same with and without truncation.
         sampled = [p for p in params if not p.greedy]

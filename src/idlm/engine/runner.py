@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from idlm.decoding import cycle
@@ -19,7 +20,7 @@ from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 from idlm.engine.logprobs import logprobs_of
 from idlm.engine.request import Logprob, Request
 from idlm.model.tokenizer import Tokenizer
-from idlm.model.transfer import upload
+from idlm.model.transfer import upload, upload_all
 
 logger = logging.getLogger(__name__)
 
@@ -90,14 +91,16 @@ class Runner:
         # What fills up has to be somewhere, too: in block 0.
         end = max(r.cached for r in requests) + width + method.layout.block_size
         blocks = max(-(-end // BLOCK_TOKENS), *(len(r.lease.ids) for r in requests))
-        table_BP = upload(
-            [r.lease.ids + [0] * (blocks - len(r.lease.ids)) for r in requests],
+        table = [r.lease.ids + [0] * (blocks - len(r.lease.ids)) for r in requests]
+        table_BP, tokens_BC, count_B, start_B = upload_all(
+            [
+                np.array(table, np.int32),
+                np.array([text + [0] * (width - len(text)) for text in texts]),
+                np.array([len(text) for text in texts]),
+                np.array([r.cached for r in requests]),
+            ],
             self.device,
-            torch.int32,
         )
-        tokens_BC = upload([text + [0] * (width - len(text)) for text in texts], self.device)
-        count_B = upload([len(text) for text in texts], self.device)
-        start_B = upload([r.cached for r in requests], self.device)
         sampling = self.sampling(requests)
         if self._graphs is not None and not any(r.by_hand for r in requests):
             try:
