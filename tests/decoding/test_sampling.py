@@ -18,10 +18,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from idlm.decoding import sampling as sampling_module
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.random import Stream, exponential, uniform
 from idlm.decoding.sampling import Sampling, adjusted_logits, distribution
 from idlm.errors import InvalidRequestError
+from idlm.model.cuda import head as cuda_head
 
 V = 40
 NO_DRAFTS = torch.zeros(1, 1, 0, dtype=torch.int64)
@@ -73,6 +75,39 @@ def test_distribution_is_transformers(
     assert edge.sum() <= 1
     if not edge.any():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.lists(
+        st.tuples(st.sampled_from([0, 1, 3, 12, V, 90]), st.sampled_from([0.05, 0.5, 0.97, 1.0])),
+        min_size=1,
+        max_size=4,
+    ),
+    st.booleans(),
+)
+@settings(max_examples=100, deadline=None)
+def test_truncation_is_that_of_the_whole_order(
+    seed: int, limits: list[tuple[int, float]], by_kernel: bool
+) -> None:
+    """However few of the likeliest are looked at first, and whatever the others ask for."""
+    kernel = pytest.importorskip("triton") and by_kernel
+    sampling = batch(*(SamplingParams(top_k=k, top_p=p) for k, p in limits))
+    logits = torch.cat([random_logits(rows=2, seed=seed + row) for row in range(len(limits))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling_module, "FIRST_RANKS", 2)
+        patch.setattr(cuda_head, "usable", lambda device: kernel)
+        ours = distribution(logits, sampling, NO_DRAFTS.expand(len(limits), 2, 0))
+    for row, (top_k, top_p) in enumerate(limits):
+        for probs, found in zip(logits[row].softmax(-1), ours[row], strict=True):
+            ordered = probs.sort(descending=True).values[: top_k or V]
+            share = ordered / ordered.sum()
+            before = share.double().cumsum(-1) - share
+            clear = (before - top_p).abs().min() > 1e-5 or top_p == 1
+            kept = ordered[before < top_p] if top_p < 1 else ordered
+            expected = torch.where(probs >= kept[-1], probs, 0.0)
+            if clear:  # else it may fall on either side by rounding
+                torch.testing.assert_close(found, expected / expected.sum())
 
 
 def test_greedy_is_one_hot_and_other_rows_are_not_touched() -> None:

@@ -19,6 +19,9 @@ from idlm.model.cuda import head as cuda_head
 from idlm.model.cuda.draw import Draw
 from idlm.model.transfer import upload, upload_all
 
+# Likeliest tokens among which top-p mostly ends, and how many times more are looked at if not.
+FIRST_RANKS, MORE_RANKS = 256, 8
+
 
 @dataclass
 class Sampling:
@@ -29,7 +32,7 @@ class Sampling:
         greedy_B: bool; greedy requests get a one-hot distribution.
         all_greedy, any_greedy: what is in ``greedy_B``, known without asking the device.
         temperature_B: fp32, 1 for greedy requests.
-        top_k_B: int64, the vocabulary size where off; none is above ``max_top_k``.
+        top_k_B: int64, the vocabulary size where off; those that are on are up to ``max_top_k``.
         top_p_B, min_p_B: fp32.
         repetition_B, presence_B, frequency_B: fp32.
         prompt_BV: bool, tokens that stand in the prompt.
@@ -45,7 +48,7 @@ class Sampling:
     any_greedy: bool
     temperature_B: torch.Tensor
     top_k_B: torch.Tensor | None = None
-    max_top_k: int | None = None
+    max_top_k: int = 0
     top_p_B: torch.Tensor | None = None
     min_p_B: torch.Tensor | None = None
     repetition_B: torch.Tensor | None = None
@@ -90,7 +93,7 @@ class Sampling:
         if any(p.top_k > 0 for p in sampled):
             top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
             sampling.top_k_B = upload(top_k, device)
-            sampling.max_top_k = 1 << (max(top_k) - 1).bit_length()
+            sampling.max_top_k = max((k for k in top_k if k < vocab_size), default=0)
         if any(p.top_p < 1 for p in sampled):
             sampling.top_p_B = floats("top_p")
         if any(p.min_p > 0 for p in sampled):
@@ -121,7 +124,7 @@ class Sampling:
     @property
     def kind(self) -> tuple[object, ...]:
         """All that the course of the computation depends on; the rest is in tensors."""
-        return (self.all_greedy, self.any_greedy, self.max_top_k, *self.tensors)
+        return (self.all_greedy, self.any_greedy, *self.tensors)
 
     @property
     def plain(self) -> bool:
@@ -295,17 +298,42 @@ def _truncated(probs_BRX: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def _rank_threshold(probs_BRX: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The smallest probability that top-k and top-p (within the top k) keep, ``[B, R, 1]``."""
-    width = min(sampling.max_top_k or probs_BRX.shape[-1], probs_BRX.shape[-1])
+    if cuda_head.usable(probs_BRX.device):
+        return cuda_head.rank_threshold(probs_BRX, sampling.top_k_B, sampling.top_p_B)
+    X = probs_BRX.shape[-1]
+    # To sort a vocabulary takes the CPU about as long as a forward, and few tokens are kept.
+    few = probs_BRX.device.type == "cpu"
+    width = min(max(FIRST_RANKS, sampling.max_top_k), X) if few else X
+    while True:
+        threshold_BR1, enough = _threshold_within(probs_BRX, sampling, width)
+        if width == X or enough.all():
+            return threshold_BR1
+        width = min(MORE_RANKS * width, X)
+
+
+def _threshold_within(
+    probs_BRX: torch.Tensor, sampling: Sampling, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_rank_threshold` if no more than ``width`` are kept, and whether it is so, ``[B, R, 1]``."""
+    X = probs_BRX.shape[-1]
     sorted_BRW = probs_BRX.topk(width, dim=-1).values
-    last_BR1 = torch.full_like(sorted_BRW[..., :1], width - 1, dtype=torch.int64)
+    last_BR1 = torch.full_like(sorted_BRW[..., :1], X - 1, dtype=torch.int64)
+    total_BR1 = probs_BRX.sum(-1, keepdim=True)
     if sampling.top_k_B is not None:
         last_BR1 = torch.minimum(last_BR1, sampling.top_k_B[:, None, None] - 1)
         rank_W = torch.arange(width, device=probs_BRX.device)
         sorted_BRW = torch.where(rank_W <= last_BR1, sorted_BRW, 0.0)
+        total_BR1 = torch.where(last_BR1 < X - 1, sorted_BRW.sum(-1, keepdim=True), total_BR1)
+    everything_BR1 = last_BR1 == X - 1
+    enough_BR1 = ~everything_BR1
     if sampling.top_p_B is not None:
-        share_BRW = sorted_BRW / sorted_BRW.sum(-1, keepdim=True)
-        before_BRW = share_BRW.cumsum(-1) - share_BRW
-        kept_BR1 = (before_BRW < sampling.top_p_B[:, None, None]).sum(-1, keepdim=True)
-        # Rounding may leave the sum just under top_p = 1: all are kept then.
-        last_BR1 = torch.minimum(last_BR1, (kept_BR1 - 1).clamp(min=0))
-    return sorted_BRW.gather(2, last_BR1)
+        top_p_B11 = sampling.top_p_B[:, None, None]
+        share_BRW = sorted_BRW / total_BR1
+        sum_BRW = share_BRW.cumsum(-1)
+        kept_BR1 = (sum_BRW - share_BRW < top_p_B11).sum(-1, keepdim=True)
+        enough_BR1 = enough_BR1 | (sum_BRW[..., -1:] >= top_p_B11)
+        on_BR1 = (top_p_B11 < 1).expand_as(last_BR1)
+        everything_BR1 = everything_BR1 & ~on_BR1
+        last_BR1 = torch.where(on_BR1, torch.minimum(last_BR1, kept_BR1 - 1), last_BR1)
+    threshold_BR1 = sorted_BRW.gather(2, last_BR1.clamp(0, width - 1))
+    return torch.where(everything_BR1, 0.0, threshold_BR1), enough_BR1 | everything_BR1

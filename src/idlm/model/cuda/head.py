@@ -184,6 +184,15 @@ def uniform(seed_B: torch.Tensor, position_BR: torch.Tensor, stream: int) -> tor
     return uniform(seed_B, position_BR.contiguous(), stream)
 
 
+def rank_threshold(
+    probs_BRX: torch.Tensor, top_k_B: torch.Tensor | None, top_p_B: torch.Tensor | None
+) -> torch.Tensor:
+    """The smallest probability that top-k and top-p keep (`threshold.rank_threshold`)."""
+    from idlm.model.cuda.threshold import rank_threshold
+
+    return rank_threshold(probs_BRX, top_k_B, top_p_B)
+
+
 def best_of_groups(
     logits_BRV: torch.Tensor, k: int, margin: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
