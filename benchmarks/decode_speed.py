@@ -2,8 +2,9 @@
 
     python benchmarks/decode_speed.py [--layouts linear:4 quadratic:3] [--prompts "..."]
 
-Greedy, one request at a time, the default model with its adapter. Every round runs each way
-once, so that a ratio compares neighbours in time; the table gives the median over the rounds.
+Greedy unless said otherwise, one request at a time, the default model with its adapter. Every round
+runs each way once, so that a ratio compares neighbours in time; the table gives the median over the
+rounds.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS, metavar="NAME:STRIDE")
     parser.add_argument("--prompts", nargs="+", default=PROMPTS)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--no-transformers", action="store_true")
     args = parser.parse_args()
 
@@ -46,7 +49,8 @@ def main() -> None:
     reference = AutoModelForCausalLM.from_pretrained(checkpoint.resolve(None), dtype=llm.dtype)
     reference = reference.to(llm.device).eval()
     reference.generation_config.eos_token_id = None
-    params = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
+    limits = {"temperature": args.temperature, "top_p": args.top_p}
+    params = SamplingParams(**limits, seed=1, max_tokens=args.tokens, ignore_eos=True)
     print(f"# {platform.processor()} {os.cpu_count()} cores, torch {torch.__version__}")
     print(f"# idlm {__version__}, own CPU kernels: {cpu_kernels.available()}, {llm.dtype}")
     print(f"# {' '.join(sys.argv)}; load average {os.getloadavg()[0]:.1f}")
@@ -60,7 +64,7 @@ def main() -> None:
         reference.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            do_sample=False,
+            **({"do_sample": False} if params.greedy else {"do_sample": True, "top_k": 0} | limits),
             max_new_tokens=args.tokens,
             pad_token_id=0,
         )
