@@ -59,7 +59,7 @@ def cut_of(texts: int, packed: int, dim: int, itemsize: int) -> Cut:
     # Tiles of 64 rows read the keys once for all of them, but a few rows would go through all 64.
     # They do other instructions: with bf16, rows come out other than in lower tiles.
     if packed >= PROMPT_ROWS:
-        return Cut(64, keys=64, programs=256, warps=4, stages=3)
+        return Cut(64, keys=64 if dim <= 64 else 32, programs=256, warps=4, stages=3)
     if dim <= 64 and 48 <= texts < 192 and packed > 32:
         return Cut(64, keys=64, programs=512, warps=4, stages=2)
     if dim <= 64 and texts >= 192 and packed > 16:
@@ -68,8 +68,7 @@ def cut_of(texts: int, packed: int, dim: int, itemsize: int) -> Cut:
         programs = min(16 * texts, 192 if dim <= 64 else 256)
         return Cut(rows, keys=64, programs=programs, warps=4, stages=2)
     if dim > 64:
-        wide = texts < 256
-        return Cut(rows, 64 if wide else 32, programs=256, warps=4, stages=3)
+        return Cut(rows, keys=64 if texts < 256 else 32, programs=256, warps=4, stages=3)
     if texts < 192:
         return Cut(rows, keys=32, programs=512, warps=2, stages=3)
     return Cut(rows, keys=32, programs=1024, warps=1, stages=2)
