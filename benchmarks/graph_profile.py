@@ -14,18 +14,12 @@ from collections.abc import Iterator
 from itertools import repeat
 
 import torch
-from random_models import DEVICE, DTYPE, RANK, bandwidth, random_model
+from cycles import Cycles
+from random_models import RANK
 
-from idlm import SamplingParams
-from idlm.decoding.cycle import Method, State
-from idlm.decoding.layout import Layout
-from idlm.decoding.propose import num_candidates
-from idlm.decoding.sampling import Sampling
-from idlm.decoding.verify import Drafts
-from idlm.engine.graphs import Graphs, timed
-from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
+from idlm.engine.graphs import timed
 
-TEXT, BLOCKS, REPLAYS = 300, 40, 4  # tokens and blocks of a request; replays that are profiled
+REPLAYS = 4  # that are profiled
 
 
 class Products:
@@ -88,39 +82,10 @@ def main() -> None:
     parser.add_argument("--cases", default="ar:1:1,quadratic:4:1,ar:1:32,quadratic:4:32")
     parser.add_argument("--kernels", type=int, default=16, help="shown of each case")
     args = parser.parse_args()
-    copied, read = bandwidth()
-    decoder, adapter = random_model(args.model)
-    vocab_size = decoder.config.vocab_size
-    cache = KVCache(decoder.config, DEVICE, DTYPE, 131_072 if args.model == "135M" else 40_000, 0)
-    real_blocks = cache.pool.capacity // BLOCK_TOKENS - 1  # the first is nobody's
-    most = num_candidates(DEVICE, vocab_size)
-    graphs = Graphs(cache, DEVICE, 512, 7, most)
-    # AR reads them all, but for the embeddings where the output layer has weights of its own.
-    weights = sum(parameter.nbytes for parameter in decoder.parameters())
-    weights -= 0 if decoder.config.tie_word_embeddings else decoder.embed.weight.nbytes
-    print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, {args.model}")
-    print(f"# copy {copied:.0f} GB/s, sum {read:.0f} GB/s")
-    print(f"# {weights / 1e6:.0f} MB of weights, {weights / copied / 1e3:.0f} us as fast as a copy")
+    cycles = Cycles(args.model)
+    print(cycles.heading)
     for case in args.cases.split(","):
-        name, stride, count, *rest = case.split(":")
-        layout, B = Layout.named(name, int(stride)), int(count)
-        params = SamplingParams(temperature=float(rest[0]) if rest else 0.0)
-        candidates = 1 if params.greedy else most
-        blocks = torch.arange(B * BLOCKS, device=DEVICE) % real_blocks + 1
-        M = layout.block_size
-        ids = torch.randint(vocab_size, (B, M, candidates), device=DEVICE)
-        full_B = torch.full((B,), M, device=DEVICE)
-        drafts = Drafts(ids[..., 0].clone(), ids, torch.rand(ids.shape, device=DEVICE), full_B)
-        state = State(
-            torch.randint(vocab_size, (B,), device=DEVICE),
-            torch.full((B,), TEXT, device=DEVICE),
-            drafts if M else Drafts.none(B, DEVICE),
-        )
-        empty: list[list[int]] = [[]] * B
-        sampling = Sampling.of([params] * B, list(range(B)), empty, empty, vocab_size, DEVICE)
-        method = Method(decoder, adapter if M else None, layout, "rejection")
-        graphs.decode(method, blocks.view(B, BLOCKS).int(), state, sampling)
-        graph = list(graphs._graphs.values())[-1].graph
+        graph = cycles.capture(case)
         print(f"{case}: {timed(graph, times=10) * 1e6:.0f} us")
         profile(graph, args.kernels)
 
