@@ -123,6 +123,23 @@ def test_updates_reach_the_event_loop_in_order(worker: Worker) -> None:
     assert tokens == one.sent and len(tokens) == 50
 
 
+def test_what_is_not_streamed_comes_at_the_end(worker: Worker, tiny_llm: LLM) -> None:
+    async def run() -> tuple[Job, list[list[int]]]:
+        one = job(50, inbox=Inbox(asyncio.get_running_loop()), seed=4)
+        one.streamed = False
+        worker.submit([one])
+        pieces: list[list[int]] = []
+        while True:
+            for update in await one.inbox.get():
+                pieces.append(list(update.token_ids))
+                if update.last:
+                    return one, pieces
+
+    one, pieces = asyncio.run(run())
+    assert len(pieces) == 2 and one.submitted < one.first_token < one.ended
+    assert [*pieces[0], *pieces[1]] == tiny_llm.generate([5, 6, 7], one.params)[0].token_ids
+
+
 def test_a_loop_that_is_gone_is_no_trouble(worker: Worker, ended: list[Job]) -> None:
     loop = asyncio.new_event_loop()
     loop.close()

@@ -210,13 +210,20 @@ def _token_ids(bias: dict[str, float]) -> dict[int, float]:
 
 
 class Generation:
-    """The jobs of one HTTP request."""
+    """The jobs of one HTTP request; ``streamed``: what comes of them is wanted as it comes."""
 
-    def __init__(self, plan: Plan, worker: Worker) -> None:
+    def __init__(self, plan: Plan, worker: Worker, streamed: bool) -> None:
         self.plan, self._worker = plan, worker
         inbox = Inbox(asyncio.get_running_loop())
         self.jobs = [
-            Job(p * plan.n + i, prompt.token_ids, _seeded(plan.params, i), plan.method, inbox)
+            Job(
+                p * plan.n + i,
+                prompt.token_ids,
+                _seeded(plan.params, i),
+                plan.method,
+                inbox,
+                streamed,
+            )
             for p, prompt in enumerate(plan.prompts)
             for i in range(plan.n)
         ]

@@ -105,8 +105,8 @@ class Metrics:
             self._prefix_hits.inc(request.prefix_hit_tokens)
             self._preemptions.inc(request.preemptions)
         method = (job.method.layout, str(job.method.stride), job.method.verification)
-        self._tokens.labels(*method).inc(len(job.sent))
-        stats = request.stats
+        stats, tokens = request.stats, len(request.token_ids)
+        self._tokens.labels(*method).inc(tokens)
         for outcome in ("verify", "reject", "cold"):
             self._forwards.labels(*method, outcome).inc(getattr(stats, outcome))
         for place, count in stats.reached_at.items():
@@ -114,9 +114,9 @@ class Metrics:
             self._accepted.labels(job.method.stride, place).inc(stats.accepted_at[place])
         if job.first_token:
             self._first_token.observe(job.first_token - job.submitted)
-            if len(job.sent) > 1:
+            if tokens > 1:
                 seconds = job.ended - job.first_token
-                self._per_token.observe(seconds / (len(job.sent) - 1))
+                self._per_token.observe(seconds / (tokens - 1))
 
     def text(self) -> bytes:
         """All of it in Prometheus's text format."""

@@ -126,6 +126,8 @@ class Job:
     ``params`` need a seed if a failed step is to be survived.
 
     Attributes:
+        streamed: whether its news are wanted as they come; else they come at its end, but for the
+            first, which say when it began.
         submitted, first_token, ended: `time.perf_counter`; 0: not yet.
         sent: token ids that went to the inbox.
     """
@@ -135,6 +137,7 @@ class Job:
     params: SamplingParams
     method: MethodKey
     inbox: Inbox
+    streamed: bool = True
     submitted: float = 0.0
     first_token: float = 0.0
     ended: float = 0.0
@@ -154,6 +157,8 @@ class Job:
         request, done = self.request, len(self.sent)
         if request.error is not None:
             raise request.error
+        if self.first_token and not self.streamed and not request.finished:
+            return None
         if len(request.token_ids) <= done and not request.finished:
             return None
         if request.token_ids[:done] != self.sent:
