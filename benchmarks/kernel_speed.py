@@ -27,8 +27,10 @@ from idlm.decoding.layout import Layout, row_tables
 from idlm.model.adapter import Adapter
 from idlm.model.attention import PagedAttention, grouped_attention, visibility_bias
 from idlm.model.cuda.low_rank import LowRank
-from idlm.model.cuda.paged_attention import Rows, attend, rotate_and_append
+from idlm.model.cuda.paged_attention import attend
 from idlm.model.cuda.projection import add, project
+from idlm.model.cuda.rotation import rotate_and_append
+from idlm.model.cuda.rows import Rows
 from idlm.model.cuda.stream import begin
 from idlm.model.cuda.tile import Tile
 

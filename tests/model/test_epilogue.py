@@ -14,8 +14,9 @@ from torch import nn
 pytest.importorskip("triton")
 from idlm.model.cuda import epilogue
 from idlm.model.cuda.low_rank import LowRank, stack, stacked
-from idlm.model.cuda.paged_attention import Rows, rotate_and_append
 from idlm.model.cuda.projection import Heads
+from idlm.model.cuda.rotation import rotate_and_append
+from idlm.model.cuda.rows import Rows
 from idlm.model.cuda.stream import Stream, begin
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,9 @@ from idlm.model.attention import grouped_attention, visibility_bias, within_wind
 from idlm.model.decoder import rotate
 
 pytest.importorskip("triton")
-from idlm.model.cuda.paged_attention import PART_KEYS, Rows, attend, cut_of, rotate_and_append
+from idlm.model.cuda.paged_attention import PART_KEYS, attend, cut_of
+from idlm.model.cuda.rotation import rotate_and_append
+from idlm.model.cuda.rows import Rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T = 16

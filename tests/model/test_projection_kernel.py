@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from idlm.model.cuda.low_rank import LowRank
-from idlm.model.cuda.paged_attention import Rows, rotate_and_append
 from idlm.model.cuda.projection import Heads, add, project
+from idlm.model.cuda.rotation import rotate_and_append
+from idlm.model.cuda.rows import Rows
 from idlm.model.cuda.stream import begin
 from idlm.model.cuda.tile import Tile
 

@@ -117,7 +117,7 @@ def rotate(
     k_norm_D: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> torch.Tensor:
-    """`paged_attention.rotate_and_append` of the product of ``stream`` that is the heads.
+    """`rotation.rotate_and_append` of the product of ``stream`` that is the heads.
 
     Returns:
         ``[N, O]`` with the queries; keys and values are in the cache instead.

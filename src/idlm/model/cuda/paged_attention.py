@@ -14,14 +14,13 @@ import triton
 import triton.language as tl
 
 from idlm.model.cuda.overlap import overlap, wait
+from idlm.model.cuda.rows import Rows
 
 PART_KEYS = 64  # in the shortest part
 REACH_KEYS = 256  # texts are cut alike while they have no more than a multiple of it
 MAX_PARTS = 32
 PROMPT_ROWS = 256  # packed rows of a text that fill high tiles
 MERGED_ROWS = 32  # parts of rows that one program merges
-# Heads of one program that rotates.
-HEADS = 16
 
 
 @dataclass(frozen=True)
@@ -74,103 +73,6 @@ def cut_of(texts: int, packed: int, dim: int, itemsize: int) -> Cut:
     return Cut(rows, keys=32, programs=1024, warps=1, stages=2)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a forward.
-
-    Attributes:
-        requests, clean, masks: B, and rows of each request of either kind.
-        table_BP: blocks of each request, int32; index ``i`` is at ``i % T`` of block ``i // T``.
-        start_B: committed tokens, int64; row ``r`` of request ``b`` is at index ``start_b + r``.
-        positions_BR: positions of the rows, int64.
-        visible_BRR: bool, dense; ``visible[b, r, c]``: row ``r`` sees in-flight row ``c``.
-    """
-
-    requests: int
-    clean: int
-    masks: int
-    table_BP: torch.Tensor
-    start_B: torch.Tensor
-    positions_BR: torch.Tensor
-    visible_BRR: torch.Tensor
-
-    @property
-    def first_mask(self) -> int:
-        """Clean rows of all requests together: where the mask rows begin."""
-        return self.requests * self.clean
-
-    @property
-    def _in_order(self) -> bool:
-        """Whether flat rows lie as those of the requests do."""
-        return self.requests == 1 or self.masks == 0 or self.clean == 0
-
-    def flat(self, x_BRX: torch.Tensor) -> torch.Tensor:
-        """``[B, R, ...]`` to ``[N, ...]``, the clean rows first."""
-        if self._in_order:
-            return x_BRX.flatten(0, 1).contiguous()
-        return torch.cat(
-            (x_BRX[:, : self.clean].flatten(0, 1), x_BRX[:, self.clean :].flatten(0, 1))
-        )
-
-    def unflat(self, x_NX: torch.Tensor) -> torch.Tensor:
-        """``[N, ...]`` to ``[B, R, ...]``."""
-        if self._in_order:
-            return x_NX.unflatten(0, (self.requests, -1))
-        clean, masks = x_NX[: self.first_mask], x_NX[self.first_mask :]
-        parts = [(clean, self.clean), (masks, self.masks)]
-        return torch.cat([x.unflatten(0, (self.requests, n)) for x, n in parts], dim=1)
-
-
-def rotate_and_append(
-    qkv_NW: torch.Tensor,
-    cos_ND: torch.Tensor,
-    sin_ND: torch.Tensor,
-    k_NKTD: torch.Tensor,
-    v_NKTD: torch.Tensor,
-    rows: Rows,
-    q_norm_D: torch.Tensor | None = None,
-    k_norm_D: torch.Tensor | None = None,
-    eps: float = 0.0,
-) -> None:
-    """Rotate queries and keys (after their norms, if any) and put keys and values into the cache.
-
-    Args:
-        qkv_NW: the heads of queries, keys and values, ``[N, (Q + 2 K) * D]``, dense; the queries
-            are overwritten.
-        cos_ND, sin_ND: as `decoder.rotate` takes them, for flat rows, dense.
-        k_NKTD, v_NKTD: blocks of T tokens.
-    """
-    N, W = qkv_NW.shape
-    K, T, D = k_NKTD.shape[1:]
-    heads = W // D
-    _rotate_and_append[(N, triton.cdiv(heads, HEADS))](
-        qkv_NW,
-        cos_ND,
-        sin_ND,
-        qkv_NW if q_norm_D is None else q_norm_D,
-        qkv_NW if k_norm_D is None else k_norm_D,
-        k_NKTD,
-        v_NKTD,
-        rows.table_BP,
-        rows.start_B,
-        rows.requests,
-        rows.clean,
-        rows.masks,
-        eps,
-        *k_NKTD.stride()[:3],
-        rows.table_BP.stride(0),
-        NORM=q_norm_D is not None,
-        Q=heads - 2 * K,
-        K=K,
-        D=D,
-        T=T,
-        HEADS=HEADS,
-        HALF=triton.next_power_of_2(D // 2),
-        num_warps=2,
-        **overlap(),
-    )
-
-
 def attend(
     qkv_NW: torch.Tensor,
     k_NKTD: torch.Tensor,
@@ -183,7 +85,7 @@ def attend(
     Nothing waits for the device, and the launch depends on shapes only: it can be captured.
 
     Args:
-        qkv_NW: as `rotate_and_append` has left it; Q query heads share K KV heads.
+        qkv_NW: as `rotation.rotate_and_append` has left it; Q query heads share K KV heads.
         k_NKTD, v_NKTD: of the same dtype; the rows' own are there already.
         window: a row sees keys less than this many positions before it; None: all.
     Returns:
@@ -258,81 +160,6 @@ def attend(
 def _flat(b, r, B, clean, masks):  # type: ignore[no-untyped-def]
     """Flat index of row ``r`` of request ``b``."""
     return tl.where(r < clean, b * clean + r, B * clean + b * masks + r - clean)
-
-
-@triton.jit(do_not_specialize=["B", "clean", "masks"])
-def _rotate_and_append(  # type: ignore[no-untyped-def]
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_ptr,
-    start_ptr,
-    B,
-    clean,
-    masks,
-    eps,
-    cache_stride_n,
-    cache_stride_h,
-    cache_stride_t,
-    table_stride,
-    NORM: tl.constexpr,
-    Q: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-    T: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """Some heads of one row."""
-    wait(OVERLAP)
-    row = tl.program_id(0)
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    lane = tl.arange(0, HALF)[None, :]
-    half: tl.constexpr = D // 2
-    real = (head < Q + 2 * K) & (lane < half)
-    rotated = head < Q + K
-    first_ptr = qkv_ptr + row.to(tl.int64) * ((Q + 2 * K) * D) + head * D + lane
-    x1 = tl.load(first_ptr, mask=real, other=0.0).to(tl.float32)
-    x2 = tl.load(first_ptr + half, mask=real, other=0.0).to(tl.float32)
-    if NORM:
-        squares = tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)
-        shrink = (1.0 / tl.sqrt(squares / D + eps))[:, None]
-        in_q, in_k = real & (head < Q), real & (head >= Q) & rotated
-        lanes = lane + 0 * head
-        scale1 = tl.load(q_norm_ptr + lanes, mask=in_q, other=0.0).to(tl.float32)
-        scale1 += tl.load(k_norm_ptr + lanes, mask=in_k, other=0.0).to(tl.float32)
-        scale2 = tl.load(q_norm_ptr + half + lanes, mask=in_q, other=0.0).to(tl.float32)
-        scale2 += tl.load(k_norm_ptr + half + lanes, mask=in_k, other=0.0).to(tl.float32)
-        x1 = tl.where(rotated, x1 * shrink * scale1, x1)
-        x2 = tl.where(rotated, x2 * shrink * scale2, x2)
-    # The halves of cos are equal; sin carries the sign of its first half.
-    cos = tl.load(cos_ptr + row * D + lane, mask=lane < half, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + row * D + half + lane, mask=lane < half, other=0.0).to(tl.float32)
-    kind = qkv_ptr.dtype.element_ty
-    y1 = tl.where(rotated, x1 * cos - x2 * sin, x1).to(kind)
-    y2 = tl.where(rotated, x2 * cos + x1 * sin, x2).to(kind)
-    tl.store(first_ptr, y1, mask=real & (head < Q))
-    tl.store(first_ptr + half, y2, mask=real & (head < Q))
-    first_mask = B * clean
-    b = tl.where(row < first_mask, row // tl.maximum(clean, 1), 0)
-    r = row - b * clean
-    if row >= first_mask:
-        b = (row - first_mask) // masks
-        r = clean + (row - first_mask) % masks
-    index = tl.load(start_ptr + b) + r
-    block = tl.load(table_ptr + b * table_stride + index // T).to(tl.int64)
-    cell = block * cache_stride_n + (index % T) * cache_stride_t + lane
-    k_cell_ptr = k_cache_ptr + cell + (head - Q) * cache_stride_h
-    tl.store(k_cell_ptr, y1, mask=real & (head >= Q) & rotated)
-    tl.store(k_cell_ptr + half, y2, mask=real & (head >= Q) & rotated)
-    v_cell_ptr = v_cache_ptr + cell + (head - Q - K) * cache_stride_h
-    tl.store(v_cell_ptr, y1, mask=real & (head >= Q + K))
-    tl.store(v_cell_ptr + half, y2, mask=real & (head >= Q + K))
 
 
 @triton.jit

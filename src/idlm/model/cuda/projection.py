@@ -17,8 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.overlap import overlap
-from idlm.model.cuda.paged_attention import Rows
 from idlm.model.cuda.projection_kernel import LINE, project_tile
+from idlm.model.cuda.rows import Rows
 from idlm.model.cuda.stream import Stream
 from idlm.model.cuda.tile import BOX_ROWS, Tile, tile_of, tiles_of
 
@@ -31,7 +31,7 @@ class Heads:
     """Where the heads of queries, keys and values go, which are the outputs of a projection.
 
     Attributes:
-        cos_ND, sin_ND: as `paged_attention.rotate_and_append` takes them.
+        cos_ND, sin_ND: as `rotation.rotate_and_append` takes them.
         k_NKTD, v_NKTD: the cache; it gets the keys, rotated, and the values.
         rows: of the forward.
     """

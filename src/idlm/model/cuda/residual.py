@@ -12,8 +12,8 @@ import torch
 
 from idlm.model.cuda import epilogue, projection
 from idlm.model.cuda.low_rank import LowRank
-from idlm.model.cuda.paged_attention import rotate_and_append
 from idlm.model.cuda.projection import Heads
+from idlm.model.cuda.rotation import rotate_and_append
 from idlm.model.cuda.stream import begin
 from idlm.model.decoder import Layer, Linear, RMSNorm
 

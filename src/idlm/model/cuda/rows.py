@@ -1,11 +1,60 @@
-"""Triton kernels that lay out the rows of a forward and what goes into the first layer."""
+"""The rows of a forward on CUDA, and Triton kernels that lay them out for the first layer."""
 
 # No deferred annotations here: Triton reads them.
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from idlm.model.cuda.overlap import overlap, wait
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a forward.
+
+    Attributes:
+        requests, clean, masks: B, and rows of each request of either kind.
+        table_BP: blocks of each request, int32; index ``i`` is at ``i % T`` of block ``i // T``.
+        start_B: committed tokens, int64; row ``r`` of request ``b`` is at index ``start_b + r``.
+        positions_BR: positions of the rows, int64.
+        visible_BRR: bool, dense; ``visible[b, r, c]``: row ``r`` sees in-flight row ``c``.
+    """
+
+    requests: int
+    clean: int
+    masks: int
+    table_BP: torch.Tensor
+    start_B: torch.Tensor
+    positions_BR: torch.Tensor
+    visible_BRR: torch.Tensor
+
+    @property
+    def first_mask(self) -> int:
+        """Clean rows of all requests together: where the mask rows begin."""
+        return self.requests * self.clean
+
+    @property
+    def _in_order(self) -> bool:
+        """Whether flat rows lie as those of the requests do."""
+        return self.requests == 1 or self.masks == 0 or self.clean == 0
+
+    def flat(self, x_BRX: torch.Tensor) -> torch.Tensor:
+        """``[B, R, ...]`` to ``[N, ...]``, the clean rows first."""
+        if self._in_order:
+            return x_BRX.flatten(0, 1).contiguous()
+        return torch.cat(
+            (x_BRX[:, : self.clean].flatten(0, 1), x_BRX[:, self.clean :].flatten(0, 1))
+        )
+
+    def unflat(self, x_NX: torch.Tensor) -> torch.Tensor:
+        """``[N, ...]`` to ``[B, R, ...]``."""
+        if self._in_order:
+            return x_NX.unflatten(0, (self.requests, -1))
+        clean, masks = x_NX[: self.first_mask], x_NX[self.first_mask :]
+        parts = [(clean, self.clean), (masks, self.masks)]
+        return torch.cat([x.unflatten(0, (self.requests, n)) for x, n in parts], dim=1)
 
 
 def arrange(

@@ -79,10 +79,10 @@ def run(
         ``hidden_BRH``.
     """
     # Not at the top: there may be no Triton here.
-    from idlm.model.cuda.paged_attention import Rows, attend
+    from idlm.model.cuda.paged_attention import attend
     from idlm.model.cuda.projection import Heads
     from idlm.model.cuda.residual import FusedResidual, LibraryResidual
-    from idlm.model.cuda.rows import enter
+    from idlm.model.cuda.rows import Rows, enter
 
     B, R = positions_BR.shape
     rows = Rows(
