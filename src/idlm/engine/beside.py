@@ -24,12 +24,13 @@ class Beside:
         self._device, self._cuda = device, device.type == "cuda"
         if self._cuda:
             self._stream, self._before = torch.cuda.Stream(device), torch.cuda.Event()
+            self._cycles = torch.cuda.current_stream(device)
         self._apart = False  # whether prompts were launched that nothing waits for yet
 
     def join(self) -> None:
-        """Let what is launched from now on run after all prompts."""
+        """Let cycles that are launched from now on run after all prompts so far."""
         if self._apart:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._cycles.wait_stream(self._stream)
             self._apart = False
 
     def mark(self) -> None:
@@ -43,7 +44,11 @@ class Beside:
         if not self._cuda:
             yield
             return
+        self._cycles = torch.cuda.current_stream(self._device)
         self._stream.wait_event(self._before)
         self._apart = True
-        with torch.cuda.stream(self._stream):
-            yield
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            self._apart = True  # who joined inside has not waited for what came after

@@ -220,7 +220,7 @@ class Engine:
             self._scheduler.preempt()
         elif self._gathered():
             self._scheduler.admit()
-        self._gather()
+        self._renew_batch()
         due, texts = len(self._flights), list[Request]()
         if self._scheduler.prefilling:
             self._beside.mark()
@@ -240,7 +240,7 @@ class Engine:
             self._began = None
         return moved or bool(texts)
 
-    def _gather(self) -> None:
+    def _renew_batch(self) -> None:
         """Let the batch be those that run, but for prompts that still run beside others' cycles."""
         running = self._scheduler.running
         if self._arriving:
