@@ -32,7 +32,7 @@ class Cycles:
         cache = KVCache(config, DEVICE, DTYPE, tokens, wanted=0)
         self._blocks = cache.pool.capacity // BLOCK_TOKENS - 1  # the first is nobody's
         self._candidates = num_candidates(DEVICE, config.vocab_size)
-        self._graphs = Graphs(cache, DEVICE, 512, 7, self._candidates)
+        self._graphs = Graphs(cache, DEVICE, 512, 7, self._candidates, config.vocab_size)
         # AR reads them all, but for the embeddings where the output layer has weights of its own.
         weights = sum(parameter.nbytes for parameter in self._decoder.parameters())
         weights -= 0 if config.tie_word_embeddings else self._decoder.embed.weight.nbytes
@@ -63,6 +63,8 @@ class Cycles:
         sampling = Sampling.of([params] * B, list(range(B)), empty, empty, V, DEVICE)
         method = Method(self._decoder, self._adapter if M else None, layout, "rejection")
         self._graphs._graphs.clear()
-        self._graphs.decode(method, blocks.view(B, BLOCKS).int(), state, sampling)
+        self._graphs.decode(
+            method, self._graphs.seat(blocks.view(B, BLOCKS).int(), state, sampling)
+        )
         (graph,) = self._graphs._graphs.values()
         return graph.graph

@@ -21,10 +21,8 @@ import numpy as np
 import torch
 
 from idlm import LLM, SamplingParams
-from idlm.decoding.cycle import State
 from idlm.decoding.layout import Layout
 from idlm.decoding.policy import Policy, plans
-from idlm.decoding.verify import Drafts
 from idlm.engine.commit import Launch
 from idlm.engine.engine import Engine
 from idlm.engine.graphs import Graphs
@@ -43,8 +41,6 @@ class MadeUpGraph:
         random, N = np.random.default_rng(0), layout.stride
         self.graph, self.rows = self, layout.num_rows
         self.packed_BX = torch.zeros(requests, 2 * N + 1, dtype=torch.int64)
-        zeros_B = torch.zeros(requests, dtype=torch.int64)
-        self.state = State(zeros_B, zeros_B, Drafts.none(requests, zeros_B.device))
         self.seconds = next((s for most, s in SECONDS.items() if requests <= most), 2e-3)
         self._made = cycle([_packed(random, requests, N) for _ in range(16)])
 
@@ -100,7 +96,8 @@ def engine_of(llm: LLM, plan: str, requests: int) -> tuple[Engine, MadeUpGraphs]
         ahead=True,
         policy=policy,
     )
-    graphs = MadeUpGraphs(cache, device, BLOCKS, PLACES, candidates=1)
+    vocab_size = method.decoder.config.vocab_size
+    graphs = MadeUpGraphs(cache, device, BLOCKS, PLACES, 1, vocab_size)
     engine._runner._graphs = graphs
     return engine, graphs
 

@@ -17,7 +17,8 @@ from idlm.decoding.layout import Layout
 from idlm.decoding.propose import num_candidates
 from idlm.engine.commit import Launch
 from idlm.engine.engine import GATHER, GATHER_STEPS, Engine
-from idlm.engine.graphs import Graphs, Inputs, Texts
+from idlm.engine.graphs import Graphs
+from idlm.engine.inputs import Inputs, Texts
 from idlm.engine.kv_cache import KVCache
 from tests.support.random_model import random_adapter, random_config, random_decoder
 from tests.support.tiny import tiny_model
@@ -64,7 +65,7 @@ class Again:
         given, N = outcome.tokens_BN.shape[1], self._stride
         self.packed_BX[:, :given] = outcome.packed_BX[:, :given]
         self.packed_BX[:, N : N + given + 1] = outcome.packed_BX[:, given:]
-        self.state = self._inputs.go_on(outcome.state)
+        self._inputs.go_on(outcome.state)
 
 
 class UncapturedGraphs(Graphs):
@@ -89,8 +90,9 @@ def engine_of(llm: LLM, model: Any, layout: str, stride: int, rule: str, **optio
     options = {"max_batch": 16, "ahead": True} | options
     engine = Engine(method, llm.tokenizer, cache=cache, device=DEVICE, **options)
     if DEVICE.type == "cpu":
-        candidates = num_candidates(DEVICE, decoder.config.vocab_size)
-        engine._runner._graphs = UncapturedGraphs(cache, DEVICE, 80, rows.block_size, candidates)
+        V = decoder.config.vocab_size
+        sizes = 80, rows.block_size, num_candidates(DEVICE, V), V
+        engine._runner._graphs = UncapturedGraphs(cache, DEVICE, *sizes)
     return engine
 
 

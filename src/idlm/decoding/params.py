@@ -101,6 +101,25 @@ class SamplingParams:
         return self.json_schema is not None or self.regex is not None
 
     @cached_property
+    def wants(self) -> frozenset[str]:
+        """What it takes to choose a token, without how much of it.
+
+        ``greedy`` or ``sampled``; ``top_k``, ``top_p``, ``min_p``, ``penalties``, ``bias``. The
+        distribution of a greedy request is the same with and without truncation.
+        """
+        sampled = not self.greedy
+        asked = {
+            "greedy": self.greedy,
+            "sampled": sampled,
+            "top_k": sampled and self.top_k > 0,
+            "top_p": sampled and self.top_p < 1,
+            "min_p": sampled and self.min_p > 0,
+            "penalties": self.penalised,
+            "bias": bool(self.logit_bias),
+        }
+        return frozenset(name for name, value in asked.items() if value)
+
+    @cached_property
     def stop_strings(self) -> tuple[str, ...]:
         """``stop`` as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

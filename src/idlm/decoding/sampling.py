@@ -6,10 +6,12 @@ drafted from ``q`` is tested against ``p`` made in the same way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from idlm.decoding.params import SamplingParams
@@ -73,38 +75,19 @@ class Sampling:
 
         Prompts and outputs may be given as ``prompt_BV`` and ``counts_BV``, where these are known.
         """
-
-        def floats(name: str) -> torch.Tensor:
-            return upload([getattr(p, name) for p in params], device, torch.float32)
-
-        greedy = [p.greedy for p in params]
-        temperature = [1.0 if p.greedy else p.temperature for p in params]
-        everybody = [np.array(seeds), np.array(greedy), np.array(temperature, np.float32)]
-        seed_B, greedy_B, temperature_B = upload_all(everybody, device)
-        sampling = cls(
-            seed_B=seed_B,
-            greedy_B=greedy_B,
-            all_greedy=all(greedy),
-            any_greedy=any(greedy),
-            temperature_B=temperature_B,
+        columns = cls.columns(params, seeds, vocab_size)
+        tensors: dict[str, Any] = dict(
+            zip(columns, upload_all(list(columns.values()), device), strict=True)
         )
-        # A greedy request's distribution is the same with and without truncation.
-        sampled = [p for p in params if not p.greedy]
-        if any(p.top_k > 0 for p in sampled):
-            top_k = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-            sampling.top_k_B = upload(top_k, device)
-            sampling.max_top_k = max((k for k in top_k if k < vocab_size), default=0)
-        if any(p.top_p < 1 for p in sampled):
-            sampling.top_p_B = floats("top_p")
-        if any(p.min_p > 0 for p in sampled):
-            sampling.min_p_B = floats("min_p")
-        if any(p.penalised for p in params):
-            sampling.repetition_B = floats("repetition_penalty")
-            sampling.presence_B = floats("presence_penalty")
-            sampling.frequency_B = floats("frequency_penalty")
+        wants = kind_of(params)
+        sampling = cls(all_greedy="sampled" not in wants, any_greedy="greedy" in wants, **tensors)
+        if sampling.top_k_B is not None:
+            limits = (p.top_k for p in params if not p.greedy and 0 < p.top_k < vocab_size)
+            sampling.max_top_k = max(limits, default=0)
+        if "penalties" in wants:
             sampling.counts_BV = _counts(outputs, vocab_size, device)
             sampling.prompt_BV = _counts(prompts, vocab_size, device).bool()
-        if any(p.logit_bias for p in params):
+        if "bias" in wants:
             entries = [
                 (row * vocab_size + token, bias)
                 for row, p in enumerate(params)
@@ -116,15 +99,48 @@ class Sampling:
             sampling.bias_BV = bias_X.view(len(params), vocab_size)
         return sampling
 
+    @staticmethod
+    def columns(
+        params: Sequence[SamplingParams], seeds: Sequence[int], vocab_size: int
+    ) -> dict[str, npt.NDArray[Any]]:
+        """By field, what is one number of each request with these parameters and seeds."""
+        wants = kind_of(params)
+        numbers = {
+            "seed_B": np.array(seeds, np.int64),
+            "greedy_B": np.array([p.greedy for p in params]),
+            "temperature_B": _floats(1.0 if p.greedy else p.temperature for p in params),
+        }
+        if "top_k" in wants:
+            limits = (p.top_k if p.top_k > 0 else vocab_size for p in params)
+            numbers["top_k_B"] = np.array([min(limit, vocab_size) for limit in limits])
+        if "top_p" in wants:
+            numbers["top_p_B"] = _floats(p.top_p for p in params)
+        if "min_p" in wants:
+            numbers["min_p_B"] = _floats(p.min_p for p in params)
+        if "penalties" in wants:
+            numbers["repetition_B"] = _floats(p.repetition_penalty for p in params)
+            numbers["presence_B"] = _floats(p.presence_penalty for p in params)
+            numbers["frequency_B"] = _floats(p.frequency_penalty for p in params)
+        return numbers
+
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that there are, by name."""
         return {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
 
     @property
-    def kind(self) -> tuple[object, ...]:
-        """All that the course of the computation depends on; the rest is in tensors."""
-        return (self.all_greedy, self.any_greedy, *self.tensors)
+    def kind(self) -> frozenset[str]:
+        """`kind_of` its requests: all that the course of the computation depends on."""
+        asked = {
+            "greedy": self.any_greedy,
+            "sampled": not self.all_greedy,
+            "top_k": self.top_k_B is not None,
+            "top_p": self.top_p_B is not None,
+            "min_p": self.min_p_B is not None,
+            "penalties": self.counts_BV is not None,
+            "bias": self.bias_BV is not None,
+        }
+        return frozenset(name for name, value in asked.items() if value)
 
     @property
     def plain(self) -> bool:
@@ -148,6 +164,15 @@ class Sampling:
         if self.counts_BV is not None:
             place_N = torch.arange(tokens_BN.shape[1], device=tokens_BN.device)
             self.counts_BV.scatter_add_(1, tokens_BN, (place_N <= accepted_B[:, None]).float())
+
+
+def kind_of(params: Iterable[SamplingParams]) -> frozenset[str]:
+    """What any of the requests wants (`SamplingParams.wants`)."""
+    return frozenset().union(*{p.wants for p in params})
+
+
+def _floats(numbers: Iterable[float]) -> npt.NDArray[np.float32]:
+    return np.fromiter(numbers, np.float32)
 
 
 def _counts(

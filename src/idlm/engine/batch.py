@@ -6,26 +6,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 
-import numpy as np
-import torch
-
 from idlm.decoding.cycle import Method, State
-from idlm.decoding.sampling import Sampling
-from idlm.engine.blocks import BlockPool
+from idlm.decoding.sampling import Sampling, kind_of
 from idlm.engine.commit import Launch
+from idlm.engine.inputs import Seats, SlabState
 from idlm.engine.request import Place, Request
 from idlm.engine.runner import Runner
-from idlm.model.transfer import upload
-
-# Rows of requests for each row that may be nobody's: to arrange a batch anew takes the host as long
-# as a forward of a small model takes the device.
-SPARE = 8
+from idlm.engine.table import Table
 
 
 class Batch:
     """Row ``i`` of its state belongs to ``requests[i]``.
 
-    The state is that after the last launch, of which the host may not know the tokens yet.
+    The state is that after the last launch, of which the host may not know the tokens yet. With
+    graphs it lies in their inputs, where those who come take the rows of those who have ended.
 
     Attributes:
         requests: never changed in place: what was launched refers to it.
@@ -40,6 +34,7 @@ class Batch:
         self._state: State | None = None
         self._sampling: Sampling | None = None
         self._table: Table | None = None
+        self._seats: Seats | None = None
 
     def gains(self, requests: Sequence[Request]) -> bool:
         """Whether there is anybody among ``requests`` who is not in the batch yet."""
@@ -53,11 +48,10 @@ class Batch:
 
     def _arrange(self, requests: Sequence[Request]) -> None:
         wanted, present = set(requests), set(self.requests)
-        gone = [request for request in self.requests if request not in wanted]
-        if wanted <= present and (not gone or self._may_keep(gone)):
+        joining = [request for request in requests if request not in present]
+        if self._reseat(wanted, joining):
             return
         stay = [row for row, request in enumerate(self.requests) if request in wanted]
-        joining = [request for request in requests if request not in present]
         states = self._states([Place(self._state, row) for row in stay] if self._state else [])
         for row, request in enumerate(self.requests):
             if request not in wanted and not request.finished:
@@ -67,25 +61,55 @@ class Batch:
             request.place = None
         self._set([self.requests[row] for row in stay] + joining, states)
 
-    def _may_keep(self, gone: Sequence[Request]) -> bool:
-        """Whether those who have left may keep their rows for a while."""
-        few = len(gone) * (SPARE + 1) <= len(self.requests)
-        finished = all(request.finished for request in gone)
-        return few and finished and self._runner.takes_nobody(self.requests)
+    def _reseat(self, wanted: set[Request], joining: Sequence[Request]) -> bool:
+        """Let who joins have the row of one who has ended, or the next; whether that can be."""
+        seats, table = self._seats, self._table
+        if seats is None or table is None or not seats.taken or (joining and not seats.open):
+            return False
+        free = [row for row, request in enumerate(self.requests) if request not in wanted]
+        if not all(self.requests[row].finished for row in free):
+            return False
+        more = max(0, len(joining) - len(free))
+        rows = [*free, *range(len(self.requests), len(self.requests) + more)][: len(joining)]
+        left = len(free) - len(joining)
+        if not seats.suits(len(self.requests) + more, left, kind_of(r.params for r in wanted)):
+            return False
+        places = [request.place for request in joining]
+        states = [(p.state, p.row) for p in places if p and isinstance(p.state, SlabState)]
+        if len(states) < len(joining) or any(request.by_hand for request in joining):
+            return False
+        if joining:
+            self.requests = [*self.requests, *joining[len(joining) - more :]]
+            for row, request in zip(rows, joining, strict=True):
+                self.requests[row], request.place = request, None
+                table.replace(row, request)
+            self._runner.replace(seats, rows, joining, states, table.moved())
+            self._state = seats.state
+        return True
 
     def launch(self, method: Method) -> Launch:
         """Begin one forward of all; the batch goes on from what it will bring."""
         assert self._state is not None
-        if self._sampling is None or self._table is None:
-            self._sampling = self._runner.sampling(self.requests, self._state)
-            self._table = Table(self.requests, self._runner.pool, self._runner.device)
-        table_BP = self._table.now()
-        launch = self._runner.decode(
-            method, self.requests, table_BP, self._state, self._sampling, self.by_hand
-        )
-        # Where the device counts on; what the host may know is a forward behind.
-        self._state, self._sampling.counts_BV = launch.state, launch.state.counts_BV
+        if self._table is None:
+            self._table = Table(self.requests, self._runner.pool)
+        launch = None if self.by_hand else self._replay(method, self._table, self._state)
+        if launch is None:
+            if self._sampling is None:
+                self._sampling = self._runner.sampling(self.requests, self._state)
+            given = self.requests, self._table, self._state, self._sampling
+            launch = self._runner.decode(method, *given)
+            # Where the device counts on; what the host may know is a forward behind.
+            self._sampling.counts_BV = launch.state.counts_BV
+        self._state = launch.state
         return launch
+
+    def _replay(self, method: Method, table: Table, state: State) -> Launch | None:
+        """By a graph, if there are any."""
+        if self._seats is None or not self._seats.taken:
+            self._seats = self._runner.seat(self.requests, table, state)
+        elif (moved := table.moved()) is not None:
+            self._seats.grow(moved)
+        return None if self._seats is None else self._runner.replay(method, self._seats)
 
     def alone(self) -> list[Batch]:
         """Batches of one request each, in the same states, after a forward that failed.
@@ -125,36 +149,5 @@ class Batch:
     def _set(self, requests: list[Request], states: list[State]) -> None:
         self.requests, self.by_hand = requests, any(request.by_hand for request in requests)
         self._state = State.cat(states) if states else None
-        self._sampling = self._table = None
+        self._sampling = self._table = self._seats = None
         self._wanted = []
-
-
-class Table:
-    """``table_BP`` of some requests, whose leases grow."""
-
-    def __init__(self, requests: Sequence[Request], pool: BlockPool, device: torch.device) -> None:
-        self._leases, self._pool, self._device = [r.lease for r in requests], pool, device
-        self._changes = -1  # of the pool, when the table was last made
-        self._lengths_B = np.zeros(len(requests), np.int64)
-        self._host_BP = np.zeros((len(requests), 0), np.int32)
-        self._table_BP: torch.Tensor | None = None
-
-    def now(self) -> torch.Tensor:
-        """The blocks of each request, int32, filled up with block 0; new only if one has grown."""
-        if self._table_BP is not None and self._changes == self._pool.changes:
-            return self._table_BP
-        self._changes = self._pool.changes
-        lengths_B = np.array([len(lease.ids) for lease in self._leases])
-        changed = (lengths_B != self._lengths_B).nonzero()[0].tolist()
-        if self._table_BP is not None and not changed:
-            return self._table_BP
-        most, width = int(lengths_B.max()), self._host_BP.shape[1]
-        if most > width:
-            self._host_BP = np.pad(self._host_BP, ((0, 0), (0, 2 * most - width)))
-        for row in changed:
-            before, now = self._lengths_B[row], lengths_B[row]
-            self._host_BP[row, before:now] = self._leases[row].ids[before:]
-            self._host_BP[row, now:before] = 0
-        self._lengths_B = lengths_B
-        self._table_BP = upload(self._host_BP[:, :most], self._device)
-        return self._table_BP

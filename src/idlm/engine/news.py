@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -12,7 +12,6 @@ from idlm.engine.commit import Commit
 from idlm.engine.request import Forwards
 
 FORWARDS = 8  # that are kept: to give them out takes the host no longer than the device a forward
-LIVE = FORWARDS + 1  # more than there will be
 NEVER = 1 << 60
 
 
@@ -31,26 +30,46 @@ class News:
 
     def __init__(self, first: Commit, vocab_size: int) -> None:
         self.requests, self._stride, self._rows = first.requests, first.stride, first.rows
-        requests, X = first.requests, 2 * first.stride + 1
-        self._packed_BFX = np.empty((len(requests), FORWARDS, X), np.int64)
+        B, X, self._vocab_size = len(first.requests), 2 * first.stride + 1, vocab_size
+        self._packed_BFX = np.empty((B, FORWARDS, X), np.int64)
+        self._told_BF = np.zeros((B, FORWARDS), np.bool_)  # which forwards are somebody's
         self._count = self._handed_out = 0
-        rows = [row for row, request in enumerate(requests) if not request.finished]
-        live = [requests[row] for row in rows]
-        self._begun_B = np.zeros(len(requests), np.int64)  # forwards that requests took
-        self._ends_B = np.zeros(len(requests), np.int64)  # forwards that are theirs
-        self._ends_B[rows] = LIVE
-        self._left_B = np.full(len(requests), NEVER)
-        self._left_B[rows] = [request.follow(self.hand_out) for request in live]
-        self._watched_B = np.zeros(len(requests), np.bool_)
-        self._watched_B[rows] = [request.watched for request in live]
+        self._begun_B = np.zeros(B, np.int64)  # forwards that requests took, or had no part in
+        self._live_B = np.zeros(B, np.bool_)
+        self._left_B = np.full(B, NEVER)
+        self._watched_B = np.zeros(B, np.bool_)
+        self._stops = frozenset[int]()
+        self._seat(range(B))
+
+    def _seat(self, rows: Iterable[int]) -> None:
+        """Let the requests at ``rows`` be part of the forwards to come."""
+        live = [row for row in rows if not self.requests[row].finished]
+        requests = [self.requests[row] for row in live]
+        self._live_B[live], self._begun_B[live] = True, self._count
+        self._left_B[live] = [request.follow(self.hand_out) for request in requests]
+        self._watched_B[live] = [request.watched for request in requests]
         self._watched = bool(self._watched_B.any())
-        stops = frozenset[int]().union(*{request.stop_token_ids for request in live})
-        self._stops_V = _members(stops, vocab_size)
+        self._stops |= frozenset().union(*{request.stop_token_ids for request in requests})
+        self._stops_V = _members(self._stops, self._vocab_size)
 
     def takes(self, commit: Commit) -> bool:
-        """Whether ``commit`` is one more of these forwards, and there is room for it."""
-        alike = (commit.stride, commit.rows) == (self._stride, self._rows)
-        return alike and commit.requests is self.requests and self._count < FORWARDS
+        """Whether ``commit`` is one more of these forwards, and there is room for it.
+
+        Rows of requests that have ended may be those of others by now.
+        """
+        if (commit.stride, commit.rows) != (self._stride, self._rows) or self._count == FORWARDS:
+            return False
+        if commit.requests is self.requests:
+            return True
+        if len(commit.requests) != len(self.requests):
+            return False
+        pairs = enumerate(zip(self.requests, commit.requests, strict=True))
+        others = [row for row, (before, now) in pairs if before is not now]
+        if self._live_B[others].any():
+            return False
+        self.requests = commit.requests
+        self._seat(others)
+        return True
 
     def add(self, packed_BX: npt.NDArray[np.int64]) -> Sequence[int]:
         """Keep what one more forward brought (see `idlm.decoding.cycle.Outcome`); it is copied.
@@ -60,6 +79,7 @@ class News:
         """
         N = self._stride
         self._packed_BFX[:, self._count] = packed_BX
+        self._told_BF[:, self._count] = self._live_B
         self._count += 1
         count_B = packed_BX[:, N] + 1
         self._left_B -= count_B
@@ -68,13 +88,13 @@ class News:
             return ()
         taken_BN = np.arange(N) < count_B[:, None]
         may_end_B = (stops_BN & taken_BN).any(1) | (self._left_B <= 0) | self._watched_B
-        return _places(may_end_B & (self._ends_B == LIVE))
+        return _places(may_end_B & self._live_B)
 
     def hand_out(self) -> None:
         """Let all requests take what is theirs; nobody ends by it."""
         if self._handed_out < self._count:
             self._handed_out = self._count
-            behind_B = (self._begun_B < self._count) & (self._ends_B == LIVE)
+            behind_B = (self._begun_B < self._count) & self._live_B
             for row, tokens, forwards in self.portions(_places(behind_B)):
                 self.requests[row].append(tokens, forwards)
 
@@ -112,12 +132,12 @@ class News:
 
     def end(self, row: int) -> None:
         """Note that the request at ``row`` has ended: what comes later is not for it."""
-        self._ends_B[row], self._left_B[row] = self._count, NEVER
+        self._live_B[row], self._watched_B[row], self._left_B[row] = False, False, NEVER
 
     def tested(self) -> tuple[list[int], list[int]]:
         """By place, drafts that were tested with all before them standing, and those that stood."""
         N = self._stride
-        told_BF = np.arange(self._count) < self._ends_B[:, None]
+        told_BF = self._told_BF[:, : self._count]
         counts_X2 = self._packed_BFX[:, : self._count, N : N + 2][told_BF]
         accepted_X1, drafted_X1 = counts_X2[:, :1], counts_X2[:, 1:]
         place_M = np.arange(N - 1)

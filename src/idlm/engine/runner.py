@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from idlm.decoding import cycle
 from idlm.decoding.cycle import Method, Outcome, State
 from idlm.decoding.propose import num_candidates
-from idlm.decoding.sampling import Sampling
+from idlm.decoding.sampling import Sampling, kind_of
 from idlm.decoding.verify import Drafts
 from idlm.engine.commit import Launch
 from idlm.engine.grammar import Grammars
 from idlm.engine.graphs import CaptureError, Graphs, text_size
+from idlm.engine.inputs import FOR_EVERY_TOKEN, Prompts, Seats, SlabState
 from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 from idlm.engine.logprobs import logprobs_of
 from idlm.engine.request import Logprob, Request
+from idlm.engine.table import Moved, Table
 from idlm.model.tokenizer import Tokenizer
 from idlm.model.transfer import upload, upload_all
 
@@ -51,71 +55,95 @@ class Runner:
         self._cache, self._grammars = cache, grammars
         self._graphs: Graphs | None = None
         if device.type == "cuda":
-            candidates = num_candidates(device, method.decoder.config.vocab_size)
-            self._graphs = Graphs(cache, device, table_width, places, candidates)
+            vocab_size = method.decoder.config.vocab_size
+            candidates = num_candidates(device, vocab_size)
+            self._graphs = Graphs(cache, device, table_width, places, candidates, vocab_size)
+
+    def seat(self, requests: Sequence[Request], table: Table, state: State) -> Seats | None:
+        """Let graphs go on with ``requests``; None: there are none."""
+        if self._graphs is None:
+            return None
+        return self._graphs.seat(table.on(self.device), state, self.sampling(requests, state))
+
+    def replay(self, method: Method, seats: Seats) -> Launch | None:
+        """One cycle of ``method``, which is the runner's own but for the layout, by a graph.
+
+        None: it cannot be captured here.
+        """
+        if self._graphs is None:
+            return None
+        try:
+            return self._graphs.decode(method, seats)
+        except CaptureError as error:
+            self._do_without_graphs(error)
+            return None
+
+    def replace(
+        self,
+        seats: Seats,
+        rows: Sequence[int],
+        requests: Sequence[Request],
+        states: Sequence[tuple[SlabState, int]],
+        moved: Moved | None,
+    ) -> None:
+        """`Seats.replace` by ``requests``."""
+        seats.replace(rows, states, self._columns(requests), moved)
 
     def decode(
         self,
         method: Method,
         requests: Sequence[Request],
-        table_BP: torch.Tensor,
+        table: Table,
         state: State,
         sampling: Sampling,
-        by_hand: bool,
     ) -> Launch:
-        """One cycle of ``method``, which is the runner's own but for the layout.
-
-        ``by_hand``: whether the host takes part in it for one of ``requests``.
-        """
-        if self._graphs is not None and not by_hand:
-            try:
-                return self._graphs.decode(method, table_BP, state, sampling)
-            except CaptureError as error:
-                self._do_without_graphs(error)
+        """One cycle of ``method``, launch by launch."""
         self._restrict(sampling, requests, state.drafts.resized(method.layout.block_size))
-        return _launched(
-            cycle.decode(
-                method, self._cache.k_LNKTD, self._cache.v_LNKTD, table_BP, state, sampling
-            )
-        )
+        caches = self._cache.k_LNKTD, self._cache.v_LNKTD
+        return _launched(cycle.decode(method, *caches, table.on(self.device), state, sampling))
 
     def prefill(self, method: Method, requests: Sequence[Request]) -> Launch:
         """Run what is not cached of the prompts, in one forward; the longest sets its width.
 
         ``method`` is the runner's own but for the layout.
         """
-        texts = [r.tokens(r.cached, r.num_tokens) for r in requests]
-        width = max(map(len, texts))
-        if self._graphs is not None:
-            width = text_size(width)
-        # What fills up has to be somewhere, too: in block 0.
-        end = max(r.cached for r in requests) + width + method.layout.block_size
-        blocks = max(-(-end // BLOCK_TOKENS), *(len(r.lease.ids) for r in requests))
-        table = [r.lease.ids + [0] * (blocks - len(r.lease.ids)) for r in requests]
-        table_BP, tokens_BC, count_B, start_B = upload_all(
-            [
-                np.array(table, np.int32),
-                np.array([text + [0] * (width - len(text)) for text in texts]),
-                np.array([len(text) for text in texts]),
-                np.array([r.cached for r in requests]),
-            ],
-            self.device,
-        )
-        sampling = self.sampling(requests)
-        if self._graphs is not None and not any(r.by_hand for r in requests):
+        captured = self._graphs is not None and not any(r.by_hand for r in requests)
+        prompts = self._prompts(requests, method.layout.block_size, captured)
+        if captured and self._graphs is not None:
+            wants = kind_of(r.params for r in requests)
+            everybody = None if wants.isdisjoint(FOR_EVERY_TOKEN) else self.sampling(requests)
             try:
-                return self._graphs.prefill(method, table_BP, tokens_BC, count_B, start_B, sampling)
+                return self._graphs.prefill(method, prompts, wants, everybody)
             except CaptureError as error:
                 self._do_without_graphs(error)
+        sampling = self.sampling(requests)
         self._restrict(sampling, requests, Drafts.none(len(requests), self.device))
-        k_LNKTD, v_LNKTD = self._cache.k_LNKTD, self._cache.v_LNKTD
-        return _launched(
-            cycle.prefill(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, sampling)
+        caches = self._cache.k_LNKTD, self._cache.v_LNKTD
+        table_BP, tokens_BC, count_B, start_B = upload_all(list(prompts.texts), self.device)
+        inputs = table_BP, tokens_BC, count_B, start_B
+        return _launched(cycle.prefill(method, *caches, *inputs, sampling))
+
+    def _prompts(self, requests: Sequence[Request], masks: int, captured: bool) -> Prompts:
+        texts = [r.tokens(r.cached, r.num_tokens) for r in requests]
+        width = max(map(len, texts))
+        if captured:
+            width = text_size(width)
+        # What fills up has to be somewhere, too: in block 0.
+        end = max(r.cached for r in requests) + width + masks
+        blocks = max(-(-end // BLOCK_TOKENS), *(len(r.lease.ids) for r in requests))
+        table = [r.lease.ids + [0] * (blocks - len(r.lease.ids)) for r in requests]
+        return Prompts(
+            np.array(table, np.int32),
+            np.array([text + [0] * (width - len(text)) for text in texts]),
+            np.array([len(text) for text in texts]),
+            np.array([r.cached for r in requests]),
+            self._columns(requests),
         )
 
-    def takes_nobody(self, requests: Sequence[Request]) -> bool:
-        """Whether a batch may have rows of requests that have given their blocks back."""
-        return self._graphs is not None and not any(r.by_hand for r in requests)
+    def _columns(self, requests: Sequence[Request]) -> dict[str, npt.NDArray[Any]]:
+        vocab_size = self.method.decoder.config.vocab_size
+        params, seeds = [r.params for r in requests], [r.seed for r in requests]
+        return Sampling.columns(params, seeds, vocab_size)
 
     def cache(self, request: Request, end: int) -> torch.Tensor:
         """Cache the tokens before ``end`` that are not cached yet; their final hidden states."""

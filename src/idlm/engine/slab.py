@@ -1,0 +1,169 @@
+"""Arrays of the same rows in one piece of memory, of which the host changes any part at once.
+
+What costs the host is the number of copies to a device, not what is in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from idlm.model.transfer import ALIGNED, upload_all
+
+Field = tuple[tuple[int, ...], torch.dtype]  # shape of a row, and of what
+Bytes = npt.NDArray[np.uint8]
+Places = npt.NDArray[np.int64]
+
+
+class Slab:
+    """Zeros at first.
+
+    Args:
+        fields: by name, arrays that lie in one memory.
+        wide: the same of long rows, each in memory of its own: these are not changed by the host.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        fields: Mapping[str, Field],
+        device: torch.device,
+        wide: Mapping[str, Field] | None = None,
+    ) -> None:
+        self.rows, self._device, self._fields, self._wide = rows, device, fields, wide or {}
+        sizes = [_row_bytes(*field) for field in fields.values()]
+        ends = np.cumsum([rows * size + -rows * size % ALIGNED for size in sizes])
+        self._row_bytes = dict(zip(fields, sizes, strict=True))
+        self._starts = dict(zip(fields, [0, *ends.tolist()], strict=False))
+        self._layouts: dict[tuple[str, ...], tuple[Places, Places]] = {}
+        memory_X = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=device)
+        own = {
+            n: torch.zeros((rows, *tail), dtype=d, device=device)
+            for n, (tail, d) in self._wide.items()
+        }
+        self._lie_in(memory_X, own)
+
+    def _lie_in(self, memory_X: torch.Tensor, wide: dict[str, torch.Tensor]) -> None:
+        self.memory_X, self.wide = memory_X, wide
+        self._arrays = {
+            name: memory_X[start : start + self.rows * self._row_bytes[name]]
+            .view(self._fields[name][1])
+            .view(self.rows, *self._fields[name][0])
+            for name, start in self._starts.items()
+        } | wide
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._arrays[name]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All memory there is."""
+        return [self.memory_X, *self.wide.values()]
+
+    def clone(self) -> Slab:
+        """The same in memory of its own."""
+        other = object.__new__(Slab)
+        vars(other).update(vars(self))
+        other._lie_in(self.memory_X.clone(), {n: x.clone() for n, x in self.wide.items()})
+        return other
+
+    def places(self, names: Iterable[str], rows: Sequence[int] | Places) -> Places:
+        """Where in the memory the bytes of ``rows`` are, ``[R, bytes of the arrays' rows]``."""
+        names = tuple(names)
+        if names not in self._layouts:
+            sizes = [self._row_bytes[name] for name in names]
+            firsts = [
+                np.arange(size) + self._starts[n] for n, size in zip(names, sizes, strict=True)
+            ]
+            self._layouts[names] = np.concatenate(firsts), np.repeat(sizes, sizes)
+        first_S, step_S = self._layouts[names]
+        places_RS: Places = first_S + np.array(rows, np.int64)[:, None] * step_S
+        return places_RS
+
+    def places_of(self, name: str, rows_X: Places, places_X: Places, itemsize: int) -> Places:
+        """Where in the memory the bytes of single numbers are, one after the other."""
+        starts_X = self._starts[name] + rows_X * self._row_bytes[name] + places_X * itemsize
+        places_X8: Places = starts_X[:, None] + np.arange(itemsize)
+        return places_X8.ravel()
+
+    def image(self, like: Bytes) -> tuple[torch.Tensor, dict[str, npt.NDArray[Any]]]:
+        """Memory of the host for all of it, the same as ``like`` at first, and its arrays."""
+        memory_X = torch.empty(len(like), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        host = memory_X.numpy()
+        host[:] = like
+        arrays = {
+            name: host[start : start + self.rows * self._row_bytes[name]]
+            .view(_numpy(self._fields[name][1]))
+            .reshape(self.rows, *self._fields[name][0])
+            for name, start in self._starts.items()
+        }
+        return memory_X, arrays
+
+
+class Changes:
+    """What is to be written into a slab, with one upload for all of it."""
+
+    def __init__(self, slab: Slab) -> None:
+        self._slab = slab
+        self._places: list[Places] = []
+        self._values: list[Bytes] = []
+        self._moves: list[tuple[tuple[str, ...], Sequence[int], Slab, Sequence[int]]] = []
+
+    def put(self, name: str, rows_X: Places, places_X: Places, values_X: npt.NDArray[Any]) -> None:
+        """Let ``values`` (of the array's type) stand at places of rows of an array."""
+        self._places.append(self._slab.places_of(name, rows_X, places_X, values_X.itemsize))
+        self._values.append(values_X.view(np.uint8))
+
+    def put_rows(
+        self, columns: Mapping[str, npt.NDArray[Any]], rows: Sequence[int] | Places
+    ) -> None:
+        """Let ``columns`` be the rows of arrays; of each row one value."""
+        bytes_RS = np.hstack([c.view(np.uint8).reshape(len(rows), -1) for c in columns.values()])
+        self._places.append(self._slab.places(columns, rows).ravel())
+        self._values.append(bytes_RS.ravel())
+
+    def move(
+        self, names: Sequence[str], rows: Sequence[int], source: Slab, sources: Sequence[int]
+    ) -> None:
+        """Let rows of another slab, of arrays that are alike in both, be ``rows``."""
+        self._moves.append((tuple(names), rows, source, sources))
+
+    def make(self) -> None:
+        """Write it all."""
+        slab = self._slab
+        given: list[npt.NDArray[Any]] = []
+        for names, rows, source, sources in self._moves:
+            near = [name for name in names if name not in slab.wide]
+            given += [slab.places(near, rows).ravel(), source.places(near, sources).ravel()]
+            given += [np.asarray(rows), np.asarray(sources)]
+        if self._places:
+            given += [np.concatenate(self._places), np.concatenate(self._values)]
+        if not given:
+            return
+        there = iter(upload_all(given, slab._device))
+        for names, _, source, _ in self._moves:
+            to_X, from_X, rows_R, sources_R = (next(there) for _ in range(4))
+            slab.memory_X.index_copy_(0, to_X, source.memory_X.index_select(0, from_X))
+            for name in names:
+                if name in slab.wide:
+                    slab.wide[name].index_copy_(
+                        0, rows_R, source.wide[name].index_select(0, sources_R)
+                    )
+        for places_X, values_X in zip(there, there, strict=True):
+            slab.memory_X.index_copy_(0, places_X, values_X)
+
+
+def _row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return prod(shape) * dtype.itemsize
+
+
+def _numpy(dtype: torch.dtype) -> np.dtype[Any]:
+    return np.dtype(str(dtype).removeprefix("torch."))
