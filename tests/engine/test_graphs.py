@@ -126,6 +126,20 @@ def test_tokens_are_those_of_single_launches(
     assert run(captured, kinds, 7) == run(plain, kinds, 7)
 
 
+@pytest.mark.parametrize("kinds", [PARAMS[:3], PARAMS])
+def test_a_slow_host_launches_two_ahead(
+    llm: LLM, model: Any, kinds: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = engine_of(llm, model, "quadratic", 4, "coupled", ahead=False)
+    plain._runner._graphs = None
+    expected = run(plain, kinds, 12)
+    monkeypatch.setattr("idlm.engine.flights.LATE", 0.0)
+    engine = engine_of(llm, model, "quadratic", 4, "coupled")
+    unread = watch_flights(engine)
+    assert run(engine, kinds, 12) == expected
+    assert max(unread) >= 2
+
+
 @pytest.mark.parametrize(("layout", "stride"), [("linear", 4), ("quadratic", 4)])
 def test_coupled_tokens_are_those_of_autoregression(
     llm: LLM, model: Any, layout: str, stride: int

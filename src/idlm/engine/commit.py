@@ -59,6 +59,11 @@ class Landing:
         if self._copied is not None:
             self._copied.record()
 
+    @property
+    def done(self) -> bool:
+        """Whether it is there."""
+        return self._copied is None or self._copied.query()
+
     def wait(self) -> npt.NDArray[np.int64]:
         """What was copied, once it is there; until the next `fetch`."""
         if self._copied is not None:

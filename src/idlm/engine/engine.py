@@ -6,7 +6,6 @@ import itertools
 import logging
 import secrets
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,7 +17,8 @@ from idlm.decoding.params import SamplingParams
 from idlm.decoding.policy import Policy
 from idlm.engine.batch import Batch
 from idlm.engine.check import check_request
-from idlm.engine.commit import Commit, Landing, Launch
+from idlm.engine.commit import Commit
+from idlm.engine.flights import MOST_HOST, Flights
 from idlm.engine.grammar import grammars_of
 from idlm.engine.graphs import text_requests, text_size
 from idlm.engine.kv_cache import KVCache
@@ -38,8 +38,7 @@ logger = logging.getLogger(__name__)
 GATHER, GATHER_STEPS = 8, 16
 # Tokens that requests get blocks for at a time: a GPU has to be told of new ones.
 AT_ONCE = 128
-# Of a forward's time on the device, what a step is taken to last at most: more is a disturbance.
-MOST_HOST = 4.0
+AHEAD = 2  # forwards that are launched before the tokens of the last one are read, at most
 # Enough for a policy to try what is worth a try.
 WARM_UP_TOKENS = 48
 
@@ -51,9 +50,9 @@ class Engine:
         cache: keys and values; engines that share it take turns in one thread.
         max_batch: requests that run at once; more wait.
         chunk: tokens of prompts that run in one step.
-        ahead: launch a forward before the tokens of the last one are read, so that the device
-            never waits for the host; None: on CUDA. A request that ended a forward ago has then
-            taken part in one more, of which nothing is kept. Grammars and log-probabilities
+        ahead: launch a forward, or two, before the tokens of the last one are read, so that the
+            device never waits for the host; None: on CUDA. A request that has ended has then
+            taken part in as many more, of which nothing is kept. Grammars and log-probabilities
             need the tokens first: beside them nothing is launched ahead.
         policy: chooses the layout of every forward in place of the method's own.
     """
@@ -77,13 +76,13 @@ class Engine:
         self._ahead = device.type == "cuda" if ahead is None else ahead
         layouts = [method.layout, *(policy.plans if policy else ())]
         stride = max(x.stride for x in layouts)
-        rows = max(x.num_rows for x in layouts) + stride * self._ahead
+        rows = max(x.num_rows for x in layouts) + AHEAD * stride * self._ahead
         # With the rows in flight a request has to fit into all blocks there are.
         self._room = cache.pool.capacity - rows
         self._eos = frozenset(config.eos_token_ids) | frozenset(tokenizer.eos_token_ids)
         self._grammars = grammars_of(tokenizer, config.vocab_size, self._eos)
         self._ids = itertools.count()
-        self._failed_forwards, self._waited, self._gathering = 0, 0.0, 0
+        self._failed_forwards, self._gathering = 0, 0
         self._pool, self._beside = cache.pool, cache.beside
         self._scheduler = Scheduler(cache.pool, max_batch, rows, AT_ONCE * self._ahead)
         longest = min(self._context, self._room) + rows + AT_ONCE + text_size(chunk)
@@ -95,9 +94,7 @@ class Engine:
         self._began: tuple[Layout, float] | None = None  # the last forward, if nothing came since
         self._batch = Batch(self._runner)
         self._arriving: set[Request] = set()  # whose prompts run beside the others' cycles
-        self._flights: deque[Commit] = deque()  # launched and not read, the oldest first
-        self._landings: list[Landing] = []  # that no flight needs
-        self._results = max_batch * (2 * stride + 1)  # numbers that a forward brings at most
+        self._flights = Flights(device, max_batch * (2 * stride + 1))
         self._news: News | None = None  # of the last forwards read, which may not be handed out
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -198,7 +195,7 @@ class Engine:
             preemptions=scheduler.preemptions,
             evictions=pool.evictions,
             failed_forwards=self._failed_forwards,
-            waited=self._waited,
+            waited=self._flights.waited,
             plans=dict(self._policy.chosen) if self._policy else {},
         )
 
@@ -221,7 +218,8 @@ class Engine:
         elif self._gathered():
             self._scheduler.admit()
         self._renew_batch()
-        due, texts = len(self._flights), list[Request]()
+        texts = list[Request]()
+        self._flights.begin_step()
         if self._scheduler.prefilling:
             self._beside.mark()
         by_hand = self._batch.by_hand
@@ -232,7 +230,7 @@ class Engine:
             with self._beside.prompts():
                 texts = self._run_texts()
             by_hand = by_hand or any(request.by_hand for request in texts)
-        self._read(due if self._ahead and not by_hand else len(self._flights))
+        self._read(all=by_hand or not self._ahead)
         if not (self._scheduler.running or self._scheduler.prefilling):
             self._flights.clear()  # of requests that ended
             self._arriving.clear()
@@ -287,12 +285,12 @@ class Engine:
     def _launch(self, batch: Batch) -> None:
         """Begin a forward of ``batch``, by the plan that is best for it."""
         if self._policy is None:
-            self._fly(batch.requests, batch.launch(self.method), first=False)
+            self._flights.add(batch.requests, batch.launch(self.method), first=False)
             return
         size = len(batch.requests)
         plan, start = self._policy.choose(size), time.perf_counter()
         launch = batch.launch(self._method_of[plan])
-        self._fly(batch.requests, launch, first=False)
+        self._flights.add(batch.requests, launch, first=False)
         # Without a graph, the host is busy for as long as the forward takes.
         seconds = launch.seconds or time.perf_counter() - start
         if launch.seconds is not None and self._began is not None and self._began[0] == plan:
@@ -300,11 +298,6 @@ class Engine:
             seconds = max(seconds, min(start - self._began[1], MOST_HOST * seconds))
         self._began = plan, start
         self._policy.took(size, plan, seconds)
-
-    def _fly(self, requests: list[Request], launch: Launch, *, first: bool) -> None:
-        """Let what ``launch`` brings to ``requests`` come to the host."""
-        landings = self._landings or [Landing(self._runner.device, self._results)]
-        self._flights.append(Commit(requests, launch, landings.pop(), first))
 
     def _run_texts(self) -> list[Request]:
         """Run a chunk of what is not cached; whose text is cached decodes from then on."""
@@ -365,7 +358,7 @@ class Engine:
             for request in requests:
                 self._prefill([request])
             return
-        self._fly(requests, launch, first=True)
+        self._flights.add(requests, launch, first=True)
         self._arriving.update(requests)
         for row, request in enumerate(requests):
             request.place = Place(launch.state, row)
@@ -380,15 +373,11 @@ class Engine:
             return self.method
         return self._method_of[self._policy.current(len(self._scheduler.running))]
 
-    def _read(self, count: int) -> None:
-        """Give requests what the oldest ``count`` launches brought, or keep it for them."""
-        for _ in range(min(count, len(self._flights))):
-            commit, start = self._flights.popleft(), time.perf_counter()
-            packed_BX = commit.landing.wait()
-            self._waited += time.perf_counter() - start
+    def _read(self, *, all: bool) -> None:
+        """Give requests what has come (``all``: will come) of launches, or keep it for them."""
+        for commit, packed_BX in self._flights.land(all=all):
             news = self._news_for(commit)
             rows = news.add(packed_BX)
-            self._landings.append(commit.landing)
             self._scheduler.committed(commit.stride)
             for row, tokens, forwards in news.portions(rows):
                 request = news.requests[row]
@@ -416,7 +405,7 @@ class Engine:
 
     def _read_all(self) -> None:
         """Give requests all that was launched."""
-        self._read(len(self._flights))
+        self._read(all=True)
         self._hand_out()
 
     def _hand_out(self) -> None:
