@@ -69,6 +69,8 @@ class Again:
 
 
 class UncapturedGraphs(Graphs):
+    prompt_seconds = 2.0  # that all prompts are said to take; cycles take one
+
     def decode(self, method: Method, *inputs: Any) -> Launch:
         self._layout = method.layout
         return super().decode(method, *inputs)
@@ -78,7 +80,10 @@ class UncapturedGraphs(Graphs):
         return super().prefill(method, *inputs)
 
     def _captured(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> Any:
-        return Again(run, inputs, self._layout.stride, self._layout.num_rows)
+        again = Again(run, inputs, self._layout.stride, self._layout.num_rows)
+        if isinstance(inputs, Texts):
+            again.seconds = self.prompt_seconds
+        return again
 
 
 def engine_of(llm: LLM, model: Any, layout: str, stride: int, rule: str, **options: Any) -> Engine:
@@ -124,6 +129,33 @@ def test_tokens_are_those_of_single_launches(
     plain = engine_of(llm, model, layout, stride, rule, ahead=False)
     plain._runner._graphs = None
     assert run(captured, kinds, 7) == run(plain, kinds, 7)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="There, prompts take as long as they take.")
+@pytest.mark.parametrize("kinds", [PARAMS[:1], PARAMS[:3]])
+def test_prompts_that_take_less_than_a_cycle_are_not_waited_for(
+    llm: LLM, model: Any, kinds: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their requests join a cycle earlier than others, before the host has their first token."""
+    tokens, steps = [], []
+    for seconds in (2.0, 0.5):
+        monkeypatch.setattr(UncapturedGraphs, "prompt_seconds", seconds)
+        engine = engine_of(llm, model, "quadratic", 4, "coupled")
+        first = engine.add([7] * 5, SamplingParams(seed=0, max_tokens=90, **kinds[0]))
+        for _ in range(4):
+            engine.step()
+        others = [
+            engine.add([5 + i] * 4, SamplingParams(seed=i, max_tokens=20, **params))
+            for i, params in enumerate(kinds * 2)
+        ]
+        steps.append(0)
+        while others[-1] not in engine._batch.requests:
+            engine.step()
+            steps[-1] += 1
+        while engine.busy:
+            engine.step()
+        tokens.append([request.token_ids for request in (first, *others)])
+    assert tokens[0] == tokens[1] and steps[1] == steps[0] - 1
 
 
 @pytest.mark.parametrize("kinds", [PARAMS[:3], PARAMS])

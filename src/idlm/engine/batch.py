@@ -71,8 +71,8 @@ class Batch:
             return False
         more = max(0, len(joining) - len(free))
         rows = [*free, *range(len(self.requests), len(self.requests) + more)][: len(joining)]
-        left = len(free) - len(joining)
-        if not seats.suits(len(self.requests) + more, left, kind_of(r.params for r in wanted)):
+        idle = max(0, len(free) - len(joining))
+        if not seats.suits(len(self.requests) + more, idle, kind_of(r.params for r in wanted)):
             return False
         places = [request.place for request in joining]
         states = [(p.state, p.row) for p in places if p and isinstance(p.state, SlabState)]
@@ -85,6 +85,8 @@ class Batch:
                 table.replace(row, request)
             self._runner.replace(seats, rows, joining, states, table.moved())
             self._state = seats.state
+        elif ended := table.leave(free):
+            seats.leave(ended)
         return True
 
     def launch(self, method: Method) -> Launch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections.abc import Sequence
@@ -94,6 +95,7 @@ class Engine:
         self._began: tuple[Layout, float] | None = None  # the last forward, if nothing came since
         self._batch = Batch(self._runner)
         self._arriving: set[Request] = set()  # whose prompts run beside the others' cycles
+        self._arriving_seconds = 0.0  # that all these prompts take
         self._flights = Flights(device, max_batch * (2 * stride + 1))
         self._news: News | None = None  # of the last forwards read, which may not be handed out
 
@@ -241,6 +243,8 @@ class Engine:
     def _renew_batch(self) -> None:
         """Let the batch be those that run, but for prompts that still run beside others' cycles."""
         running = self._scheduler.running
+        if self._arriving_seconds <= self._flights.cycle:
+            self._arriving.clear()  # they are there when the cycle beside them is
         if self._arriving:
             others = [request for request in running if request not in self._arriving]
             if others:
@@ -302,6 +306,8 @@ class Engine:
     def _run_texts(self) -> list[Request]:
         """Run a chunk of what is not cached; whose text is cached decodes from then on."""
         self._began = None
+        if not self._arriving:
+            self._arriving_seconds = 0.0
         moved: list[Request] = []
         whole: list[Request] = []
         left = self.chunk
@@ -328,6 +334,7 @@ class Engine:
 
     def _cache(self, request: Request, end: int) -> None:
         """Run the text of ``request`` before ``end``, and score it if that is wanted."""
+        self._arriving_seconds = math.inf
         if request.scoring:
             first = request.cached + 1
             request.score(first, self._runner.score(request, end, self.tokenizer))
@@ -360,6 +367,7 @@ class Engine:
             return
         self._flights.add(requests, launch, first=True)
         self._arriving.update(requests)
+        self._arriving_seconds += launch.seconds or math.inf
         for row, request in enumerate(requests):
             request.place = Place(launch.state, row)
             self._keep(request, request.num_tokens)

@@ -29,6 +29,7 @@ class Flights:
         numbers: that a launch brings at most.
     Attributes:
         waited: seconds that the host had nothing to do but to wait.
+        cycle: seconds that the last cycle takes the device; 0: not known.
     """
 
     def __init__(self, device: torch.device, numbers: int) -> None:
@@ -37,9 +38,9 @@ class Flights:
         self._prompts: deque[Commit] = deque()
         self._landings: list[Landing] = []  # that no flight needs
         self._new, self._earlier = 0, 0  # cycles of this step, prompts of those before
-        self._host, self._cycle = 0.0, 0.0  # seconds of a step, lately, and of a cycle
+        self._host = 0.0  # seconds of a step, lately
         self._began, self._waited_before = 0.0, 0.0
-        self.waited = 0.0
+        self.waited, self.cycle = 0.0, 0.0
 
     def __len__(self) -> int:
         return len(self._cycles) + len(self._prompts)
@@ -48,7 +49,7 @@ class Flights:
         """Note how long the last one took, and that what comes now belongs to the next."""
         now = time.perf_counter()
         host = now - self._began - (self.waited - self._waited_before)
-        self._host += WEIGHT * (min(host, MOST_HOST * self._cycle) - self._host)
+        self._host += WEIGHT * (min(host, MOST_HOST * self.cycle) - self._host)
         self._began, self._waited_before = now, self.waited
         self._new, self._earlier = 0, len(self._prompts)
 
@@ -58,7 +59,7 @@ class Flights:
         commit = Commit(requests, launch, landings.pop(), first)
         (self._prompts if first else self._cycles).append(commit)
         if not first:
-            self._new, self._cycle = self._new + 1, launch.seconds or 0.0
+            self._new, self.cycle = self._new + 1, launch.seconds or 0.0
 
     def land(self, *, all: bool) -> Iterator[tuple[Commit, npt.NDArray[np.int64]]]:
         """What was launched before this step, or before the last; ``all``: whatever there is."""
@@ -75,7 +76,7 @@ class Flights:
     @property
     def _kept(self) -> int:
         """Cycles that this step leaves alone: its own, and one more if the host is slow."""
-        late = self._host > LATE * self._cycle > 0
+        late = self._host > LATE * self.cycle > 0
         return min(self._new + late, len(self._cycles)) if self._new else 0
 
     def clear(self) -> None:

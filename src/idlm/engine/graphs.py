@@ -111,7 +111,8 @@ class Graphs:
         texts.take(prompts, sampling)
         graph.graph.replay()
         # The next prompts overwrite what these begin with.
-        return Launch(texts.state.clone(), graph.packed_BX[:B], graph.rows, None)
+        state = texts.state.clone()
+        return Launch(state, graph.packed_BX[:B], graph.rows, None, graph.seconds)
 
     def _captured(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> Graph:
         """Capture one cycle over ``inputs``, which are not changed.

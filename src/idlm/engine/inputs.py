@@ -16,6 +16,7 @@ from idlm.decoding.verify import Drafts
 from idlm.engine.kv_cache import BLOCK_TOKENS
 from idlm.engine.slab import Changes, Field, Slab
 from idlm.engine.table import Moved
+from idlm.model.transfer import upload
 
 TIMED_TEXT = 512  # tokens of each request when a cycle is timed
 NUMBER = ((), torch.int64)
@@ -248,6 +249,12 @@ class Seats:
         fits = inputs.kind.wants == wants and rows <= inputs.size
         # Half as many rows are a faster graph, but to arrange all anew takes the host its time.
         return fits and (2 * (rows - idle) > inputs.size or idle * (SPARE + 1) <= rows)
+
+    def leave(self, rows: Sequence[int]) -> None:
+        """Let ``rows`` be nobody's."""
+        rows_R = upload(rows, self.inputs.table_BP.device)
+        for tensor in (self.inputs.table_BP, self.inputs.real_B):
+            tensor.index_fill_(0, rows_R, 0)
 
     def grow(self, moved: Moved) -> None:
         """Take over blocks that have come or gone."""

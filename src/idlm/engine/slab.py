@@ -138,25 +138,23 @@ class Changes:
 
     def make(self) -> None:
         """Write it all."""
-        slab = self._slab
-        given: list[npt.NDArray[Any]] = []
+        slab, given = self._slab, list[npt.NDArray[Any]]()
         for names, rows, source, sources in self._moves:
             near = [name for name in names if name not in slab.wide]
             given += [slab.places(near, rows).ravel(), source.places(near, sources).ravel()]
-            given += [np.asarray(rows), np.asarray(sources)]
+            if len(near) < len(names):
+                given += [np.array(rows), np.array(sources)]
         if self._places:
             given += [np.concatenate(self._places), np.concatenate(self._values)]
-        if not given:
-            return
-        there = iter(upload_all(given, slab._device))
+        there = iter(upload_all(given, slab.memory_X.device) if given else ())
         for names, _, source, _ in self._moves:
-            to_X, from_X, rows_R, sources_R = (next(there) for _ in range(4))
-            slab.memory_X.index_copy_(0, to_X, source.memory_X.index_select(0, from_X))
-            for name in names:
-                if name in slab.wide:
-                    slab.wide[name].index_copy_(
-                        0, rows_R, source.wide[name].index_select(0, sources_R)
-                    )
+            wide = [name for name in names if name in slab.wide]
+            slab.memory_X.index_copy_(0, next(there), source.memory_X.index_select(0, next(there)))
+            if not wide:
+                continue
+            rows_R, sources_R = next(there), next(there)
+            for name in wide:
+                slab.wide[name].index_copy_(0, rows_R, source.wide[name].index_select(0, sources_R))
         for places_X, values_X in zip(there, there, strict=True):
             slab.memory_X.index_copy_(0, places_X, values_X)
 

@@ -51,6 +51,13 @@ class Table:
         self._lengths_B = np.append(self._lengths_B, 0)
         self._blocks_BP = np.pad(self._blocks_BP, ((0, 1), (0, 0)))
 
+    def leave(self, rows: Sequence[int]) -> list[int]:
+        """Let ``rows`` have no blocks, as their requests have ended; those that had any."""
+        left = [row for row in rows if self._lengths_B[row]]
+        self._blocks_BP[left], self._lengths_B[left] = 0, 0
+        self._there = None if left else self._there
+        return left
+
     def moved(self) -> Moved | None:
         """What has changed since the last call (or `on`); None: nothing."""
         if self._seen == self._pool.changes:
