@@ -63,6 +63,7 @@ def one_by_one(request: Request, packed_FX: list[list[int]], rows: int) -> tuple
     seed=st.integers(0, 1000),
     asked=st.sets(st.tuples(st.integers(0, FORWARDS), st.integers(0, 4))),
     ignored=st.sets(st.integers(0, 4)),
+    followed=st.sets(st.tuples(st.integers(0, FORWARDS), st.integers(0, 4))),
 )
 def test_requests_get_what_forwards_brought(
     stride: int,
@@ -71,8 +72,12 @@ def test_requests_get_what_forwards_brought(
     seed: int,
     asked: set[tuple[int, int]],
     ignored: set[int],
+    followed: set[tuple[int, int]],
 ) -> None:
-    """Whoever asks in between, and whenever; some end early, some by a token that others ignore."""
+    """Whoever asks in between, and whenever; some end early, some by a token that others ignore.
+
+    Rows of those that have ended are others' later on.
+    """
     random, B, N = np.random.default_rng(seed), len(limits), stride
     drafted_FB = random.integers(0, N, (forwards, B))
     accepted_FB = random.integers(0, drafted_FB + 1)
@@ -89,19 +94,31 @@ def test_requests_get_what_forwards_brought(
         for i, limit in enumerate(limits)
     ]
     first: Any = SimpleNamespace(requests=requests, stride=N, rows=7)
-    news = News(first, TOKENIZER_SIZE)
+    news, begun = News(first, TOKENIZER_SIZE), [0] * B
+    cases = list[tuple[Request, list[list[int]]]]()
     for f, packed_BX in enumerate(packed_FBX):
+        now = list(requests)
+        for row, request in enumerate(requests):
+            if request.finished and (f, row) in followed:
+                cases.append((request, packed_FBX[begun[row] : f, row].tolist()))
+                now[row], begun[row] = request_of(10 + f, limits[row]), f
+        if now != requests:
+            requests = now
+            again: Any = SimpleNamespace(requests=requests, stride=N, rows=7)
+            assert news.takes(again)
         for row, tokens, own in news.portions(news.add(packed_BX)):
             requests[row].take(tokens, own)
             if requests[row].finished:
                 news.end(row)
         for row in range(B):
             if (f, row) in asked:
-                so_far, *_ = one_by_one(requests[row], packed_FBX[: f + 1, row].tolist(), 7)
+                own_FX = packed_FBX[begun[row] : f + 1, row].tolist()
+                so_far, *_ = one_by_one(requests[row], own_FX, 7)
                 assert requests[row].token_ids == so_far
+    cases += [(r, packed_FBX[begun[row] :, row].tolist()) for row, r in enumerate(requests)]
     tested, stood = np.zeros(N - 1, np.int64), np.zeros(N - 1, np.int64)
-    for row, request in enumerate(requests):
-        tokens, reason, sources, stats = one_by_one(request, packed_FBX[:, row].tolist(), 7)
+    for request, packed_FX in cases:
+        tokens, reason, sources, stats = one_by_one(request, packed_FX, 7)
         assert request.token_ids == tokens and request.sources == sources
         assert request.finish_reason is reason
         assert request.cached == len(tokens)
@@ -111,6 +128,15 @@ def test_requests_get_what_forwards_brought(
             tested[place - 1] += stats.reached_at[place]
             stood[place - 1] += stats.accepted_at[place]
     assert news.tested() == (tested.tolist(), stood.tolist())
+
+
+def test_rows_that_are_somebody_elses_while_theirs_goes_on_are_not_taken() -> None:
+    requests = [request_of(0, 50), request_of(1, 50)]
+    first: Any = SimpleNamespace(requests=requests, stride=1, rows=1)
+    news = News(first, TOKENIZER_SIZE)
+    for others in (requests[::-1], requests[:1], [requests[0], request_of(2, 50)]):
+        commit: Any = SimpleNamespace(requests=others, stride=1, rows=1)
+        assert not news.takes(commit)
 
 
 def test_each_token_is_looked_at_where_only_the_text_tells_the_end() -> None:
