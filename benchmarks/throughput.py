@@ -13,6 +13,7 @@ stated rates instead, and all else is as it is.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -318,6 +319,8 @@ def main() -> None:
         subject = Subject(
             LLM(args.model, args.adapter, kv_cache_tokens=600_000, verification="coupled")
         )
+    gc.collect()
+    gc.freeze()  # as `idlm serve` does
     name = args.model or "default model"
     label = f"{name} on {torch.cuda.get_device_name()}"
     if subject.own is not None:
