@@ -25,6 +25,8 @@ class Launch:
         rows: clean and mask rows of each request.
         logits_BNV: the base model's raw logits behind the tokens; None: not kept.
         seconds: what it takes the device; None: not known.
+        host_BX: where the device writes ``packed_BX`` for the host by itself, for a while; None:
+            nowhere.
     """
 
     state: State
@@ -32,32 +34,40 @@ class Launch:
     rows: int
     logits_BNV: torch.Tensor | None
     seconds: float | None = None
+    host_BX: npt.NDArray[np.int64] | None = None
 
 
 class Landing:
-    """Memory of the host that the results of one launch after another are copied into.
+    """Tells when the results of one launch after another are there, and holds copies of them.
 
     Args:
         size: numbers of one launch at most.
     """
 
     def __init__(self, device: torch.device, size: int) -> None:
-        cuda = device.type == "cuda"
-        self._copied = torch.cuda.Event() if cuda else None
-        self._memory = torch.empty(size, dtype=torch.int64, pin_memory=cuda)
-        self._view(torch.Size((0, 0)))
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._size = size
+        self._memory: torch.Tensor | None = None
+        self._host_BX = torch.empty(0, dtype=torch.int64)
+        self._results_BX: npt.NDArray[np.int64] = self._host_BX.numpy()
 
-    def _view(self, shape: torch.Size) -> None:
-        self._host_BX = self._memory[: shape.numel()].view(shape)
-        self._packed_BX: npt.NDArray[np.int64] = self._host_BX.numpy()
-
-    def fetch(self, packed_BX: torch.Tensor) -> None:
-        """Begin to copy."""
-        if packed_BX.shape != self._host_BX.shape:
-            self._view(packed_BX.shape)
-        self._host_BX.copy_(packed_BX, non_blocking=True)
+    def fetch(self, launch: Launch) -> None:
+        """Begin to bring what ``launch`` brings, unless it comes by itself."""
+        if launch.host_BX is not None:
+            self._results_BX = launch.host_BX
+        else:
+            self._copy(launch.packed_BX)
         if self._copied is not None:
             self._copied.record()
+
+    def _copy(self, packed_BX: torch.Tensor) -> None:
+        if self._memory is None:
+            pinned = self._copied is not None
+            self._memory = torch.empty(self._size, dtype=torch.int64, pin_memory=pinned)
+        if packed_BX.shape != self._host_BX.shape:
+            self._host_BX = self._memory[: packed_BX.numel()].view(packed_BX.shape)
+        self._results_BX = self._host_BX.numpy()
+        self._host_BX.copy_(packed_BX, non_blocking=True)
 
     @property
     def done(self) -> bool:
@@ -65,10 +75,10 @@ class Landing:
         return self._copied is None or self._copied.query()
 
     def wait(self) -> npt.NDArray[np.int64]:
-        """What was copied, once it is there; until the next `fetch`."""
+        """What was fetched, once it is there; until the next `fetch`."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._packed_BX
+        return self._results_BX
 
 
 class Commit:
@@ -84,7 +94,7 @@ class Commit:
         self.requests, self.rows, self.first = requests, launch.rows, first
         self.stride = (launch.packed_BX.shape[1] - 1) // 2
         self.landing, self._launch = landing, launch
-        landing.fetch(launch.packed_BX)
+        landing.fetch(launch)
 
     def logprobs(self, row: int, count: int, tokenizer: Tokenizer) -> list[dict[int, Logprob]]:
         """For each of ``count`` new tokens, its log-probability and the likeliest, if wanted."""

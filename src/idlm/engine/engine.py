@@ -284,6 +284,7 @@ class Engine:
             for alone in batches:
                 self._decode(alone)
                 alone.keep()
+                self._read(all=True)  # what one graph brings is there for a few launches only
             batch.join(batches)
 
     def _launch(self, batch: Batch) -> None:

@@ -9,8 +9,8 @@ the same requests but to launch the next, long before it knows what the last one
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,10 @@ from idlm.decoding.sampling import Sampling
 from idlm.engine.commit import Launch
 from idlm.engine.inputs import Inputs, Kind, Prompts, Seats, Texts
 from idlm.engine.kv_cache import KVCache
+from idlm.model.cuda import head as cuda_head
+
+if TYPE_CHECKING:
+    from idlm.model.cuda.ring import Ring
 
 LEAST_TEXT = 16  # tokens of a captured prefill
 FEW_ROWS = 128  # of a forward: fewer take hardly less time
@@ -68,7 +72,7 @@ class Graphs:
         if last is None or last.method is not method or last.launch.state is not seats.state:
             last = self._last = self._cycle(method, seats)
         last.graph.replay()
-        return last.launch
+        return last.graph.landed(last.launch)
 
     def _cycle(self, method: Method, seats: Seats) -> Cycle:
         inputs = seats.inputs
@@ -82,7 +86,7 @@ class Graphs:
             self._graphs[key] = self._captured(run, inputs)
         graph, B = self._graphs[key], len(seats.state.pending_B)
         launch = Launch(seats.state, graph.packed_BX[:B], graph.rows, None, graph.seconds)
-        return Cycle(method, graph.graph, launch)
+        return Cycle(method, graph, launch)
 
     def prefill(
         self,
@@ -109,10 +113,11 @@ class Graphs:
             self._graphs[key] = self._captured(run, texts)
         texts, graph = self._texts[key], self._graphs[key]
         texts.take(prompts, sampling)
-        graph.graph.replay()
+        graph.replay()
         # The next prompts overwrite what these begin with.
         state = texts.state.clone()
-        return Launch(state, graph.packed_BX[:B], graph.rows, None, graph.seconds)
+        launch = Launch(state, graph.packed_BX[:B], graph.rows, None, graph.seconds)
+        return graph.landed(launch)
 
     def _captured(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> Graph:
         """Capture one cycle over ``inputs``, which are not changed.
@@ -129,20 +134,27 @@ class Graphs:
                 # What is compiled or allocated once is not part of the graph.
                 outcome = run()
                 inputs.go_on(outcome.state)
+                ring = _ring(outcome.packed_BX)
+                if ring is not None:
+                    ring.write(outcome.packed_BX)
             torch.cuda.current_stream(self._device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             inputs.clear()
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 outcome = run()
                 inputs.go_on(outcome.state)
+                if ring is not None:
+                    ring.write(outcome.packed_BX)
             inputs.pretend()
             seconds = timed(graph)
+            if ring is not None:
+                ring.restart()
         except Exception as error:
             raise CaptureError(f"{type(error).__name__}: {error}") from error
         finally:
             for tensor, before in zip(inputs.tensors, kept, strict=True):
                 tensor.copy_(before)
-        return Graph(graph, outcome.packed_BX, outcome.rows, seconds)
+        return Graph(graph, outcome.packed_BX, outcome.rows, seconds, ring)
 
     def _pool(self, kind: type) -> tuple[Any, torch.cuda.Stream]:
         """Memory that all graphs of a kind share, and the stream that they are captured on.
@@ -165,6 +177,15 @@ def timed(graph: torch.cuda.CUDAGraph, times: int = 3) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / times * 1e-3
+
+
+def _ring(packed_BX: torch.Tensor) -> Ring | None:
+    """For the results of a graph; None: without Triton they have to be copied."""
+    if not cuda_head.usable(packed_BX.device):
+        return None
+    from idlm.model.cuda.ring import Ring
+
+    return Ring(packed_BX)
 
 
 def _power(n: int) -> int:
@@ -193,6 +214,17 @@ class Graph:
     packed_BX: torch.Tensor
     rows: int
     seconds: float
+    ring: Ring | None
+
+    def replay(self) -> None:
+        """Run the cycle once more."""
+        self.graph.replay()
+
+    def landed(self, launch: Launch) -> Launch:
+        """``launch``, of the last replay, with the place where its results will be."""
+        if self.ring is None:
+            return launch
+        return replace(launch, host_BX=self.ring.following()[: len(launch.packed_BX)])
 
 
 @dataclass(frozen=True)
@@ -200,5 +232,5 @@ class Cycle:
     """A graph of some requests, which is launched again as long as nothing changes."""
 
     method: Method
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     launch: Launch

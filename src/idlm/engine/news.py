@@ -11,7 +11,7 @@ import numpy.typing as npt
 from idlm.engine.commit import Commit
 from idlm.engine.request import Forwards
 
-FORWARDS = 8  # that are kept: to give them out takes the host no longer than the device a forward
+FORWARDS = 16  # that are kept: to give them out takes the host no longer than the device a forward
 NEVER = 1 << 60
 
 
