@@ -134,6 +134,26 @@ def test_tokens_are_those_of_single_launches(
     assert run(captured, kinds, 7) == run(plain, kinds, 7)
 
 
+def test_who_takes_a_row_has_parameters_of_its_own(llm: LLM, model: Any) -> None:
+    """Also those that it does not ask for, but the one before it did."""
+    params: list[dict[str, Any]] = [
+        {},
+        {"top_k": 3},
+        {"top_p": 0.3},
+        {"min_p": 0.4},
+        {"temperature": 0},
+    ]
+    cases = [
+        ([9 + i] * 4, SamplingParams(seed=i, max_tokens=8 + 5 * i % 7, **params[i % 5]))
+        for i in range(24)
+    ]
+    alone = engine_of(llm, model, "linear", 3, "coupled", ahead=False, max_batch=1)
+    alone._runner._graphs = None
+    expected = run_in_turn(alone, cases, 1000)
+    engine = engine_of(llm, model, "linear", 3, "coupled", max_batch=7)
+    assert run_in_turn(engine, cases, 1) == expected
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="There, prompts take as long as they take.")
 @pytest.mark.parametrize("kinds", [PARAMS[:1], PARAMS[:3]])
 def test_prompts_that_take_less_than_a_cycle_are_not_waited_for(

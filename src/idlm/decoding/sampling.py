@@ -75,11 +75,11 @@ class Sampling:
 
         Prompts and outputs may be given as ``prompt_BV`` and ``counts_BV``, where these are known.
         """
-        columns = cls.columns(params, seeds, vocab_size)
+        wants = kind_of(params)
+        columns = cls.columns(params, seeds, wants, vocab_size)
         tensors: dict[str, Any] = dict(
             zip(columns, upload_all(list(columns.values()), device), strict=True)
         )
-        wants = kind_of(params)
         sampling = cls(all_greedy="sampled" not in wants, any_greedy="greedy" in wants, **tensors)
         if sampling.top_k_B is not None:
             limits = (p.top_k for p in params if not p.greedy and 0 < p.top_k < vocab_size)
@@ -101,10 +101,15 @@ class Sampling:
 
     @staticmethod
     def columns(
-        params: Sequence[SamplingParams], seeds: Sequence[int], vocab_size: int
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        wants: frozenset[str],
+        vocab_size: int,
     ) -> dict[str, npt.NDArray[Any]]:
-        """By field, what is one number of each request with these parameters and seeds."""
-        wants = kind_of(params)
+        """By field, what is one number of each request with these parameters and seeds.
+
+        They are part of a batch that ``wants`` this (`kind_of`), which they need not.
+        """
         numbers = {
             "seed_B": np.array(seeds, np.int64),
             "greedy_B": np.array([p.greedy for p in params]),

@@ -277,14 +277,15 @@ class Seats:
             moved: their blocks, and what else has changed.
         """
         inputs, changes = self.inputs, Changes(self.inputs.slab)
-        by_source: dict[int, tuple[Slab, list[int], list[int]]] = {}
+        by_source: dict[int, tuple[SlabState, list[int], list[int]]] = {}
         for row, (state, source_row) in zip(rows, states, strict=True):
-            slab, to, sources = by_source.setdefault(id(state), (state.slab, [], []))
+            _, to, sources = by_source.setdefault(id(state), (state, [], []))
             to.append(row)
             sources.append(source_row)
-        names = (*inputs.kind.state, *inputs.kind.drawn)
-        for slab, to, sources in by_source.values():
-            changes.move(names, to, slab, sources)
+        for state, to, sources in by_source.values():
+            drafts = state.drafts.resized(inputs.kind.places, inputs.kind.candidates)
+            wide = {name: getattr(drafts, name) for name in inputs.kind.drawn}
+            changes.move(list(inputs.kind.state), to, state.slab, sources, wide)
         changes.put_rows(columns, rows)
         if moved is not None:
             _put_blocks(changes, moved)

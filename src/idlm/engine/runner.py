@@ -87,7 +87,8 @@ class Runner:
         moved: Moved | None,
     ) -> None:
         """`Seats.replace` by ``requests``."""
-        seats.replace(rows, states, self._columns(requests), moved)
+        columns = self._columns(requests, seats.inputs.kind.wants)
+        seats.replace(rows, states, columns, moved)
 
     def decode(
         self,
@@ -108,9 +109,9 @@ class Runner:
         ``method`` is the runner's own but for the layout.
         """
         captured = self._graphs is not None and not any(r.by_hand for r in requests)
-        prompts = self._prompts(requests, method.layout.block_size, captured)
+        wants = kind_of(r.params for r in requests)
+        prompts = self._prompts(requests, wants, method.layout.block_size, captured)
         if captured and self._graphs is not None:
-            wants = kind_of(r.params for r in requests)
             everybody = None if wants.isdisjoint(FOR_EVERY_TOKEN) else self.sampling(requests)
             try:
                 return self._graphs.prefill(method, prompts, wants, everybody)
@@ -123,7 +124,9 @@ class Runner:
         inputs = table_BP, tokens_BC, count_B, start_B
         return _launched(cycle.prefill(method, *caches, *inputs, sampling))
 
-    def _prompts(self, requests: Sequence[Request], masks: int, captured: bool) -> Prompts:
+    def _prompts(
+        self, requests: Sequence[Request], wants: frozenset[str], masks: int, captured: bool
+    ) -> Prompts:
         texts = [r.tokens(r.cached, r.num_tokens) for r in requests]
         width = max(map(len, texts))
         if captured:
@@ -137,13 +140,15 @@ class Runner:
             np.array([text + [0] * (width - len(text)) for text in texts]),
             np.array([len(text) for text in texts]),
             np.array([r.cached for r in requests]),
-            self._columns(requests),
+            self._columns(requests, wants),
         )
 
-    def _columns(self, requests: Sequence[Request]) -> dict[str, npt.NDArray[Any]]:
+    def _columns(
+        self, requests: Sequence[Request], wants: frozenset[str]
+    ) -> dict[str, npt.NDArray[Any]]:
         vocab_size = self.method.decoder.config.vocab_size
         params, seeds = [r.params for r in requests], [r.seed for r in requests]
-        return Sampling.columns(params, seeds, vocab_size)
+        return Sampling.columns(params, seeds, wants, vocab_size)
 
     def cache(self, request: Request, end: int) -> torch.Tensor:
         """Cache the tokens before ``end`` that are not cached yet; their final hidden states."""

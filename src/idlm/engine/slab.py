@@ -108,6 +108,9 @@ class Slab:
         return memory_X, arrays
 
 
+Move = tuple[Sequence[str], Sequence[int], Slab, Sequence[int], Mapping[str, torch.Tensor]]
+
+
 class Changes:
     """What is to be written into a slab, with one upload for all of it."""
 
@@ -115,7 +118,7 @@ class Changes:
         self._slab = slab
         self._places: list[Places] = []
         self._values: list[Bytes] = []
-        self._moves: list[tuple[tuple[str, ...], Sequence[int], Slab, Sequence[int]]] = []
+        self._moves: list[Move] = []
 
     def put(self, name: str, rows_X: Places, places_X: Places, values_X: npt.NDArray[Any]) -> None:
         """Let ``values`` (of the array's type) stand at places of rows of an array."""
@@ -131,30 +134,36 @@ class Changes:
         self._values.append(bytes_RS.ravel())
 
     def move(
-        self, names: Sequence[str], rows: Sequence[int], source: Slab, sources: Sequence[int]
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        source: Slab,
+        sources: Sequence[int],
+        wide: Mapping[str, torch.Tensor],
     ) -> None:
-        """Let rows of another slab, of arrays that are alike in both, be ``rows``."""
-        self._moves.append((tuple(names), rows, source, sources))
+        """Let rows of another slab, of arrays that are alike in both, be ``rows``.
+
+        ``wide`` are those of long rows, of which the same rows are taken.
+        """
+        self._moves.append((names, rows, source, sources, wide))
 
     def make(self) -> None:
         """Write it all."""
         slab, given = self._slab, list[npt.NDArray[Any]]()
-        for names, rows, source, sources in self._moves:
-            near = [name for name in names if name not in slab.wide]
-            given += [slab.places(near, rows).ravel(), source.places(near, sources).ravel()]
-            if len(near) < len(names):
+        for names, rows, source, sources, wide in self._moves:
+            given += [slab.places(names, rows).ravel(), source.places(names, sources).ravel()]
+            if wide:
                 given += [np.array(rows), np.array(sources)]
         if self._places:
             given += [np.concatenate(self._places), np.concatenate(self._values)]
         there = iter(upload_all(given, slab.memory_X.device) if given else ())
-        for names, _, source, _ in self._moves:
-            wide = [name for name in names if name in slab.wide]
-            slab.memory_X.index_copy_(0, next(there), source.memory_X.index_select(0, next(there)))
-            if not wide:
-                continue
-            rows_R, sources_R = next(there), next(there)
-            for name in wide:
-                slab.wide[name].index_copy_(0, rows_R, source.wide[name].index_select(0, sources_R))
+        for _, _, source, _, wide in self._moves:
+            to_X, from_X = next(there), next(there)
+            slab.memory_X.index_copy_(0, to_X, source.memory_X.index_select(0, from_X))
+            if wide:
+                rows_R, sources_R = next(there), next(there)
+            for name, tensor in wide.items():
+                slab.wide[name].index_copy_(0, rows_R, tensor.index_select(0, sources_R))
         for places_X, values_X in zip(there, there, strict=True):
             slab.memory_X.index_copy_(0, places_X, values_X)
 
