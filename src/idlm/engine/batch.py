@@ -36,6 +36,11 @@ class Batch:
         self._table: Table | None = None
         self._seats: Seats | None = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody in it goes on."""
+        return not self._wanted
+
     def gains(self, requests: Sequence[Request]) -> bool:
         """Whether there is anybody among ``requests`` who is not in the batch yet."""
         return requests != self._wanted and not set(requests) <= set(self.requests)
@@ -72,7 +77,8 @@ class Batch:
         more = max(0, len(joining) - len(free))
         rows = [*free, *range(len(self.requests), len(self.requests) + more)][: len(joining)]
         idle = max(0, len(free) - len(joining))
-        if not seats.suits(len(self.requests) + more, idle, kind_of(r.params for r in wanted)):
+        wants = kind_of(r.params for r in wanted)
+        if wanted and not seats.suits(len(self.requests) + more, idle, wants):
             return False
         places = [request.place for request in joining]
         states = [(p.state, p.row) for p in places if p and isinstance(p.state, SlabState)]

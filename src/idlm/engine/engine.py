@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Running requests for each one that joins them at once; steps that others wait for more to join.
 # A forward for prompts costs about what one for the others does: with requests of some 100 tokens
-# this many cost about as much by waiting as they save.
-GATHER, GATHER_STEPS = 8, 16
+# this many cost about as much by waiting as they save. More than so many save nothing more.
+GATHER, GATHER_STEPS, ENOUGH = 8, 16, 8
 # Tokens that requests get blocks for at a time: a GPU has to be told of new ones.
 AT_ONCE = 128
 AHEAD = 2  # forwards that are launched before the tokens of the last one are read, at most
@@ -225,7 +225,7 @@ class Engine:
         if self._scheduler.prefilling:
             self._beside.mark()
         by_hand = self._batch.by_hand
-        if self._batch.requests:
+        if not self._batch.idle:
             self._decode(self._batch)
             moved = True
         if self._scheduler.prefilling:
@@ -263,7 +263,8 @@ class Engine:
         running = len(self._scheduler.running)
         could = min(len(self._scheduler.waiting), self.max_batch - running)
         self._gathering = self._gathering + 1 if could > 0 else 0
-        if self._ahead and could * GATHER < running and self._gathering <= GATHER_STEPS:
+        few = could < min(running / GATHER, ENOUGH)
+        if self._ahead and few and self._gathering <= GATHER_STEPS:
             return False
         self._gathering = 0
         return True

@@ -63,20 +63,23 @@ class Flights:
 
     def land(self, *, all: bool) -> Iterator[tuple[Commit, npt.NDArray[np.int64]]]:
         """What was launched before this step, or before the last; ``all``: whatever there is."""
-        for _ in range(len(self._cycles) - (0 if all else self._kept)):
+        due = len(self._cycles) - (0 if all else self._kept)
+        for _ in range(due):
             cycle = self._cycles.popleft()
             packed_BX = self._wait(cycle)
             yield from self._landed_prompts()
             yield from self._hand(cycle, packed_BX)
         yield from self._landed_prompts()
-        while self._prompts and (all or not self._new):
+        # With no cycle to wait for, prompts are: those of this step have time until the next.
+        waited = len(self._prompts) if all else 0 if due else self._earlier
+        for _ in range(min(waited, len(self._prompts))):
             prompts = self._prompts.popleft()
             yield from self._hand(prompts, self._wait(prompts))
 
     @property
     def _kept(self) -> int:
         """Cycles that this step leaves alone: its own, and one more if the host is slow."""
-        late = self._host > LATE * self.cycle > 0
+        late = self._host > LATE * self.cycle and self.cycle > 0
         return min(self._new + late, len(self._cycles)) if self._new else 0
 
     def clear(self) -> None:
