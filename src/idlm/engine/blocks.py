@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -42,7 +43,9 @@ class BlockPool:
         self.evictions = self.changes = 0
         self._holders = [0] * num_blocks
         self._empty = list(range(num_blocks - 1, 0, -1))
-        self._idle: dict[int, None] = {}  # full blocks that nobody holds, the oldest first
+        # Full blocks that nobody holds, the oldest first. A plain dict would go over all that were
+        # taken before, whenever the oldest is wanted.
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
 
@@ -125,8 +128,7 @@ class BlockPool:
         if self._empty:
             block = self._empty.pop()
         else:
-            block = next(iter(self._idle))
-            del self._idle[block]
+            block, _ = self._idle.popitem(last=False)
             del self._block_of[self._digest_of.pop(block)]
             self.evictions += 1
         self._holders[block] = 1
