@@ -18,8 +18,9 @@ from idlm.decoding.propose import num_candidates
 from idlm.engine.commit import Launch
 from idlm.engine.engine import GATHER, GATHER_STEPS, Engine
 from idlm.engine.graphs import Graphs
-from idlm.engine.inputs import Inputs, Texts
+from idlm.engine.inputs import Inputs
 from idlm.engine.kv_cache import KVCache
+from idlm.engine.texts import Texts
 from tests.support.random_model import random_adapter, random_config, random_decoder
 from tests.support.tiny import tiny_model
 

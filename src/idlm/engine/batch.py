@@ -9,7 +9,8 @@ from itertools import groupby
 from idlm.decoding.cycle import Method, State
 from idlm.decoding.sampling import Sampling, kind_of
 from idlm.engine.commit import Launch
-from idlm.engine.inputs import Seats, SlabState
+from idlm.engine.inputs import Seats
+from idlm.engine.kind import SlabState
 from idlm.engine.request import Place, Request
 from idlm.engine.runner import Runner
 from idlm.engine.table import Table

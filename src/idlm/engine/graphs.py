@@ -18,8 +18,10 @@ from idlm.decoding import cycle
 from idlm.decoding.cycle import Method, Outcome, State
 from idlm.decoding.sampling import Sampling
 from idlm.engine.commit import Launch
-from idlm.engine.inputs import Inputs, Kind, Prompts, Seats, Texts
+from idlm.engine.inputs import Inputs, Seats
+from idlm.engine.kind import Kind
 from idlm.engine.kv_cache import KVCache
+from idlm.engine.texts import Prompts, Texts
 from idlm.model.cuda import head as cuda_head
 
 if TYPE_CHECKING:

@@ -18,11 +18,13 @@ from idlm.decoding.verify import Drafts
 from idlm.engine.commit import Launch
 from idlm.engine.grammar import Grammars
 from idlm.engine.graphs import CaptureError, Graphs, text_size
-from idlm.engine.inputs import FOR_EVERY_TOKEN, Prompts, Seats, SlabState
+from idlm.engine.inputs import Seats
+from idlm.engine.kind import FOR_EVERY_TOKEN, SlabState
 from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
 from idlm.engine.logprobs import logprobs_of
 from idlm.engine.request import Logprob, Request
 from idlm.engine.table import Moved, Table
+from idlm.engine.texts import Prompts
 from idlm.model.tokenizer import Tokenizer
 from idlm.model.transfer import upload, upload_all
 
