@@ -269,17 +269,26 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Tokens per second over concurrency."""
+    """Tokens per second over concurrency, with what they are of autoregression's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    by = {(line["plan"], line["concurrency"]): line["tokens_per_second"] for line in lines}
+    concurrencies = sorted({line["concurrency"] for line in lines})
     for plan in dict.fromkeys(line["plan"] for line in lines):
-        points = [(x["concurrency"], x["tokens_per_second"]) for x in lines if x["plan"] == plan]
-        axes.plot(*zip(*points, strict=True), marker="o", label=plan)
+        there = [n for n in concurrencies if (plan, n) in by]
+        axes.plot(there, [by[plan, n] for n in there], marker="o", label=plan)
+        for n in there if plan == "auto" else ():
+            if ("ar", n) in by:
+                times, place = f"{by[plan, n] / by['ar', n]:.2f}x", (n, by[plan, n])
+                axes.annotate(times, place, (0, 7), textcoords="offset points", ha="center")
     axes.set(xscale="log", yscale="log", xlabel="concurrent requests", ylabel="tokens per second")
+    axes.set_xticks(concurrencies, [str(n) for n in concurrencies], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.margins(y=0.1)
     axes.set_title(title)
     axes.legend()
     axes.grid(alpha=0.3)
