@@ -14,10 +14,11 @@ import torch
 from idlm import LLM, SamplingParams
 from idlm.decoding.cycle import Method, Outcome
 from idlm.decoding.layout import Layout
+from idlm.decoding.policy import Policy, plans
 from idlm.decoding.propose import num_candidates
 from idlm.engine.commit import Launch
 from idlm.engine.engine import GATHER, GATHER_STEPS, Engine
-from idlm.engine.graphs import Graphs
+from idlm.engine.graphs import CaptureError, Graphs
 from idlm.engine.inputs import Inputs
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.texts import Texts
@@ -133,6 +134,35 @@ def test_tokens_are_those_of_single_launches(
     plain = engine_of(llm, model, layout, stride, rule, ahead=False)
     plain._runner._graphs = None
     assert run(captured, kinds, 7) == run(plain, kinds, 7)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="There, all that is tried can be captured.")
+@pytest.mark.parametrize("captured", [1, 3, 6])
+def test_what_cannot_be_captured_goes_on_launch_by_launch(
+    llm: LLM, model: Any, captured: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs of prompts or cycles fail, of the first requests or of later ones and plans."""
+    cases = [
+        ([9 + i] * (3 + 9 * i), SamplingParams(seed=i, max_tokens=25, temperature=i % 2))
+        for i in range(8)
+    ]
+    plain = engine_of(llm, model, "quadratic", 4, "coupled", ahead=False, max_batch=1)
+    plain._runner._graphs = None
+    expected = run_in_turn(plain, cases, 1000)
+    capture, calls = UncapturedGraphs._captured, 0
+
+    def captured_or_not(graphs: UncapturedGraphs, *given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > captured:
+            raise CaptureError("none left")
+        return capture(graphs, *given)
+
+    monkeypatch.setattr(UncapturedGraphs, "_captured", captured_or_not)
+    policy = Policy(plans(3))
+    engine = engine_of(llm, model, "quadratic", 4, "coupled", max_batch=4, policy=policy)
+    assert run_in_turn(engine, cases, 1) == expected
+    assert engine._runner._graphs is None
 
 
 def test_who_takes_a_row_has_parameters_of_its_own(llm: LLM, model: Any) -> None:

@@ -107,6 +107,7 @@ class Batch:
                 self._sampling = self._runner.sampling(self.requests, self._state)
             given = self.requests, self._table, self._state, self._sampling
             launch = self._runner.decode(method, *given)
+            self._seats = None  # the state lies somewhere else from now on
             # Where the device counts on; what the host may know is a forward behind.
             self._sampling.counts_BV = launch.state.counts_BV
         self._state = launch.state
