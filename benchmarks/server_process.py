@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+
+SERVE = (sys.executable, "-m", "idlm.cli.main", "serve")
 
 
 class ServerProcess:
@@ -32,9 +34,9 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(*options: str) -> Iterator[ServerProcess]:
-    """Run ``idlm serve`` on a free port while the block runs."""
-    command = [sys.executable, "-m", "idlm.cli.main", "serve", "--port", "0", *options]
+def server_process(*options: str, command: Sequence[str] = SERVE) -> Iterator[ServerProcess]:
+    """Run ``idlm serve`` (or another ``command``) on a free port while the block runs."""
+    command = [*command, "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

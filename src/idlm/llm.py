@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -311,9 +312,13 @@ class LLM:
         for prompt, p in zip(ids, params, strict=True):
             self._engine.check(prompt, p)
         requests = [self._engine.add(prompt, p) for prompt, p in zip(ids, params, strict=True)]
+        left = deque(requests)
         try:
-            while not all(r.finished for r in requests):
-                self._step()
+            while left:
+                if left[0].finished:  # to look at all of them takes long where there are many
+                    left.popleft()
+                else:
+                    self._step()
         finally:
             for request in requests:
                 self._engine.abort(request)

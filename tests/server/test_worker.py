@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import pytest
 
@@ -12,7 +13,7 @@ from idlm.engine.engine import Engine
 from idlm.engine.request import Request
 from idlm.errors import InvalidRequestError
 from idlm.server.errors import ApiError
-from idlm.server.worker import Inbox, Job, MethodKey, Worker
+from idlm.server.worker import Inbox, Job, MethodKey, Update, Worker
 from tests.server.live import until
 
 QUADRATIC = MethodKey("quadratic", 4, "rejection")
@@ -98,6 +99,44 @@ def test_a_failing_abort_harms_nobody(
     assert worker.step_failures == 1 and other.error is None
     monkeypatch.undo()
     assert other.sent == tiny_llm.generate([5, 6, 7], other.params)[0].token_ids
+
+
+class AtOnce:
+    """A loop that calls what it is told to call."""
+
+    def call_soon_threadsafe(self, call: Callable[..., None], *arguments: Any) -> None:
+        call(*arguments)
+
+
+class Noted(Inbox):
+    """Keeps what is put into it."""
+
+    def __init__(self) -> None:
+        super().__init__(cast(asyncio.AbstractEventLoop, AtOnce()))
+        self.updates: list[Update] = []
+
+    def put(self, update: Update) -> None:
+        self.updates.append(update)
+
+
+@pytest.mark.parametrize("most", [1e-3, 1e9])
+def test_streams_are_told_no_more_often_than_they_can_be(
+    worker: Worker, ended: list[Job], monkeypatch: pytest.MonkeyPatch, most: float
+) -> None:
+    """Of the first token and the end they are told at once, and of all that came in between."""
+    monkeypatch.setattr("idlm.server.worker.MOST_EVENTS", most)
+    inboxes = [Noted(), Noted()]
+    jobs = [job(60, inbox=inbox, seed=n) for n, inbox in enumerate(inboxes)]
+    jobs[1].detailed = False
+    worker.submit(jobs)
+    until(lambda: all(i.updates and i.updates[-1].last for i in inboxes))
+    for one, inbox in zip(jobs, inboxes, strict=True):
+        updates = inbox.updates
+        assert len(updates) == 2 if most < 1 else len(updates) > 4
+        assert [t for update in updates for t in update.token_ids] == one.sent
+        assert len(one.sent) == 60
+        assert all((u.progress is not None) == (one.detailed or u.last) for u in updates)
+        assert sum(len(update.sources) for update in updates) == (60 if one.detailed else 0)
 
 
 def test_all_jobs_of_a_request_are_taken_or_none(tiny_llm: LLM) -> None:

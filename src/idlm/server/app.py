@@ -194,7 +194,7 @@ async def _answer(
     server: Server, plan: Plan, replies: Replies, stream: bool, request: Request
 ) -> Response:
     """The response to a plan: a stream, or one body when all of it is there."""
-    generation = Generation(plan, server.worker, stream)
+    generation = Generation(plan, server.worker, streamed=stream, detailed=replies.detailed)
     log = request.state.log
     if stream:
         # Refused before the status is sent; the stream then ends what was begun here.

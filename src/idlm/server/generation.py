@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -210,9 +211,14 @@ def _token_ids(bias: dict[str, float]) -> dict[int, float]:
 
 
 class Generation:
-    """The jobs of one HTTP request; ``streamed``: what comes of them is wanted as it comes."""
+    """The jobs of one HTTP request.
 
-    def __init__(self, plan: Plan, worker: Worker, streamed: bool) -> None:
+    Args:
+        streamed: what comes of them is wanted as it comes.
+        detailed: how each token came to be is wanted.
+    """
+
+    def __init__(self, plan: Plan, worker: Worker, *, streamed: bool, detailed: bool) -> None:
         self.plan, self._worker = plan, worker
         inbox = Inbox(asyncio.get_running_loop())
         self.jobs = [
@@ -223,12 +229,13 @@ class Generation:
                 plan.method,
                 inbox,
                 streamed,
+                detailed,
             )
             for p, prompt in enumerate(plan.prompts)
             for i in range(plan.n)
         ]
         self._inbox, self._open = inbox, set(self.jobs)
-        self._progress: dict[int, Progress] = {}
+        self._tokens, self._progress = Counter[int](), dict[int, Progress]()
 
     def submit(self) -> None:
         """Queue all jobs.
@@ -255,8 +262,9 @@ class Generation:
                     self._open.discard(update.job)
                 if update.error is not None:
                     raise update.error
-                assert update.progress is not None
-                self._progress[update.job.index] = update.progress
+                self._tokens[update.job.index] += len(update.token_ids)
+                if update.progress is not None:
+                    self._progress[update.job.index] = update.progress
             yield updates
 
     async def updates(self) -> AsyncIterator[Update]:
@@ -267,15 +275,16 @@ class Generation:
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far."""
+        """Tokens so far; per forward as far as that is known."""
         prompt = sum(len(p.token_ids) for p in self.plan.prompts)
-        tokens = sum(p.tokens for p in self._progress.values())
+        tokens = self._tokens.total()
         forwards = sum(p.forwards for p in self._progress.values())
+        counted = sum(p.tokens for p in self._progress.values())
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=tokens,
             total_tokens=prompt + tokens,
-            tokens_per_forward=tokens / forwards if forwards else None,
+            tokens_per_forward=counted / forwards if forwards else None,
         )
 
     @property

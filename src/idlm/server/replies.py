@@ -83,6 +83,11 @@ class Replies(ABC):
     def logprobs(self) -> bool:
         """Whether they were asked for."""
 
+    @property
+    def detailed(self) -> bool:
+        """Whether each token is looked at by itself."""
+        return self.logprobs or self._details
+
     @abstractmethod
     def whole(self, parts: Sequence[Part], generation: Generation) -> BaseModel:
         """The response to a body without ``stream``; ``parts`` are whole choices."""
@@ -99,7 +104,7 @@ class Replies(ABC):
         """What ``update`` brings to its choice."""
         index = update.job.index
         part = Part(index, update.text, progress=update.progress)
-        if self.logprobs or self._details:
+        if self.detailed:
             texts = self._texts.setdefault(index, TokenTexts(self._tokenizer))
             part.tokens = texts.push(update)
         if update.finish_reason is not None:

@@ -33,6 +33,10 @@ from idlm.server.errors import queue_full, shutting_down
 
 logger = logging.getLogger(__name__)
 
+# Updates of all streams together a second. A GPU brings tens of thousands, and each takes the
+# processor that launches its forwards a tenth of a millisecond on its way out.
+MOST_EVENTS = 3000
+
 
 @dataclass(frozen=True)
 class MethodKey:
@@ -128,8 +132,10 @@ class Job:
     Attributes:
         streamed: whether its news are wanted as they come; else they come at its end, but for the
             first, which say when it began.
+        detailed: whether it is wanted how each token came to be.
         submitted, first_token, ended: `time.perf_counter`; 0: not yet.
         sent: token ids that went to the inbox.
+        due: `time.perf_counter` from which on there may be news of a stream again.
     """
 
     index: int
@@ -138,13 +144,26 @@ class Job:
     method: MethodKey
     inbox: Inbox
     streamed: bool = True
+    detailed: bool = True
     submitted: float = 0.0
     first_token: float = 0.0
     ended: float = 0.0
     sent: list[int] = field(default_factory=list)
     sent_characters: int = 0
+    due: float = 0.0
     request: Request | None = None
     error: Exception | None = None
+    _repeats: bool = False
+
+    def begin(self, request: Request) -> None:
+        """Let ``request`` be what it comes from; not the first one says what it said again."""
+        self.request, self._repeats = request, bool(self.sent)
+
+    def quiet(self, now: float) -> bool:
+        """Whether nobody wants to know yet what came of it."""
+        assert self.request is not None
+        wanted = now >= self.due if self.streamed else not self.first_token
+        return not wanted and not self.request.finished
 
     def news(self) -> Update | None:
         """What came of the request since the last time; None: nothing.
@@ -157,21 +176,20 @@ class Job:
         request, done = self.request, len(self.sent)
         if request.error is not None:
             raise request.error
-        if self.first_token and not self.streamed and not request.finished:
-            return None
         if len(request.token_ids) <= done and not request.finished:
             return None
-        if request.token_ids[:done] != self.sent:
+        if self._repeats and request.token_ids[:done] != self.sent:
             raise RuntimeError("A repeated request gave other tokens than at first.")
+        self._repeats = False
         new = slice(done, len(request.token_ids))
         update = Update(
             self,
             () if done else request.prompt_logprobs,
             request.text[self.sent_characters :],
             request.token_ids[new],
-            request.sources[new],
+            request.sources[new] if self.detailed else (),
             request.logprobs[new],
-            Progress.of(request),
+            Progress.of(request) if self.detailed or request.finished else None,
             request.finish_reason,
         )
         self.sent += update.token_ids
@@ -339,7 +357,7 @@ class Worker:
             if not lane.jobs:
                 clocks = [other.clock for other in self._lanes if other.jobs]
                 lane.clock = min(clocks, default=0.0)
-            job.request = lane.engine.add(job.prompt_token_ids, job.params)
+            job.begin(lane.engine.add(job.prompt_token_ids, job.params))
             lane.jobs.append(job)
         except Exception as error:
             self._fail(job, error)
@@ -359,7 +377,7 @@ class Worker:
         lane.clock += (now - start) / size
         if not moved:  # the others hold all blocks: theirs is the next turn
             lane.clock = max(other.clock for other in self._lanes)
-        for job in list(lane.jobs):
+        for job in [job for job in lane.jobs if not job.quiet(now)]:
             self._report(lane, job, now)
         if not lane.jobs:
             self._close_if_extra(lane)
@@ -380,6 +398,7 @@ class Worker:
             return
         if update.token_ids and not job.first_token:
             job.first_token = now
+        job.due = now + len(lane.jobs) / MOST_EVENTS
         self._news.append(update)
         if update.last:
             lane.jobs.remove(job)
