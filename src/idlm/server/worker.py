@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Updates of all streams together a second. A GPU brings tens of thousands, and each takes the
 # processor that launches its forwards a tenth of a millisecond on its way out.
-MOST_EVENTS = 3000
+MOST_EVENTS = 2000
 
 
 @dataclass(frozen=True)
