@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from idlm.engine import flights
-from idlm.engine.commit import Landing, Launch
+from idlm.engine.commit import SLOTS, Landing, Launch
 from idlm.engine.flights import Flights
 
 
@@ -71,3 +72,17 @@ def test_prompts_are_waited_for_where_no_cycle_is(monkeypatch: pytest.MonkeyPatc
     assert air.step(cycles=[], prompts=[10], landed=[]) == []  # the next step launches a cycle
     assert air.step(cycles=[0], prompts=[11], landed=[]) == [10]
     assert air.rest() == [0, 11]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_the_next_launches_write_over_is_kept(first: bool) -> None:
+    """Results of a graph stay for a few launches only; here nobody reads them for many."""
+    ring = np.zeros((SLOTS, 1, 3), np.int64)
+    air, state = Flights(torch.device("cpu"), 3), cast(Any, None)
+    air.begin_step()
+    for number in range(3 * SLOTS):
+        ring[number % SLOTS] = number
+        packed = torch.full((1, 3), number)
+        launch = Launch(state, packed, 1, None, 1.0, ring[number % SLOTS])
+        air.add([], launch, first=first)
+    assert [int(results_BX[0, 0]) for _, results_BX in air.land(all=True)] == list(range(3 * SLOTS))

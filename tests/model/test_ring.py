@@ -6,15 +6,16 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from idlm.model.cuda.ring import SLOTS, Ring
+from idlm.model.cuda.ring import Ring
 
+SLOTS = 4
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (5, 9), (128, 5)])
 def test_results_are_there_for_as_many_replays_as_there_are_slots(shape: tuple[int, int]) -> None:
     results = torch.arange(shape[0] * shape[1], device=DEVICE).view(shape)
-    ring = Ring(results)
+    ring = Ring(results, SLOTS)
     ring.write(results)
     ring.restart()
     written, places = [], []

@@ -14,6 +14,8 @@ from idlm.engine.logprobs import logprobs_of
 from idlm.engine.request import Logprob, Request
 from idlm.model.tokenizer import Tokenizer
 
+SLOTS = 4  # launches of a graph whose results are in the host's memory, the last one among them
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -25,8 +27,8 @@ class Launch:
         rows: clean and mask rows of each request.
         logits_BNV: the base model's raw logits behind the tokens; None: not kept.
         seconds: what it takes the device; None: not known.
-        host_BX: where the device writes ``packed_BX`` for the host by itself, for a while; None:
-            nowhere.
+        host_BX: where the device writes ``packed_BX`` for the host by itself, until the graph has
+            been launched `SLOTS` times more; None: nowhere.
     """
 
     state: State
@@ -73,6 +75,10 @@ class Landing:
     def done(self) -> bool:
         """Whether it is there."""
         return self._copied is None or self._copied.query()
+
+    def hold(self) -> None:
+        """Wait for it, and keep it apart from what comes after it."""
+        self._results_BX = self.wait().copy()
 
     def wait(self) -> npt.NDArray[np.int64]:
         """What was fetched, once it is there; until the next `fetch`."""

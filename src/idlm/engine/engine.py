@@ -285,7 +285,6 @@ class Engine:
             for alone in batches:
                 self._decode(alone)
                 alone.keep()
-                self._read(all=True)  # what one graph brings is there for a few launches only
             batch.join(batches)
 
     def _launch(self, batch: Batch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from idlm.engine.commit import Commit, Landing, Launch
+from idlm.engine.commit import SLOTS, Commit, Landing, Launch
 from idlm.engine.request import Request
 
 # The host's part of a step, over a cycle's time on the device, from which on a cycle more is
@@ -57,7 +57,10 @@ class Flights:
         """Let what ``launch`` brings come to the host; ``first``: of prompts."""
         landings = self._landings or [Landing(self._device, self._numbers)]
         commit = Commit(requests, launch, landings.pop(), first)
-        (self._prompts if first else self._cycles).append(commit)
+        queue = self._prompts if first else self._cycles
+        queue.append(commit)
+        if len(queue) >= SLOTS:  # the next launch may write over its results
+            queue[-SLOTS].landing.hold()
         if not first:
             self._new, self.cycle = self._new + 1, launch.seconds or 0.0
 

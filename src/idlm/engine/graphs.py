@@ -17,7 +17,7 @@ import torch
 from idlm.decoding import cycle
 from idlm.decoding.cycle import Method, Outcome, State
 from idlm.decoding.sampling import Sampling
-from idlm.engine.commit import Launch
+from idlm.engine.commit import SLOTS, Launch
 from idlm.engine.inputs import Inputs, Seats
 from idlm.engine.kind import Kind
 from idlm.engine.kv_cache import KVCache
@@ -187,7 +187,7 @@ def _ring(packed_BX: torch.Tensor) -> Ring | None:
         return None
     from idlm.model.cuda.ring import Ring
 
-    return Ring(packed_BX)
+    return Ring(packed_BX, SLOTS)
 
 
 def _power(n: int) -> int:

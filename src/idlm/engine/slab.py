@@ -21,11 +21,14 @@ Places = npt.NDArray[np.int64]
 
 
 class Slab:
-    """Zeros at first.
+    """Arrays by name, of so many rows each; zeros at first.
 
     Args:
-        fields: by name, arrays that lie in one memory.
-        wide: the same of long rows, each in memory of its own: these are not changed by the host.
+        fields: what lies in one memory.
+        wide: arrays of long rows, each in memory of its own: these are not changed by the host.
+    Attributes:
+        memory_X: uint8, where the arrays of ``fields`` lie one after the other.
+        wide: the others.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class Slab:
         device: torch.device,
         wide: Mapping[str, Field] | None = None,
     ) -> None:
-        self.rows, self._device, self._fields, self._wide = rows, device, fields, wide or {}
+        self.rows, self._device, self._fields = rows, device, fields
         sizes = [_row_bytes(*field) for field in fields.values()]
         ends = np.cumsum([rows * size + -rows * size % ALIGNED for size in sizes])
         self._row_bytes = dict(zip(fields, sizes, strict=True))
@@ -43,8 +46,8 @@ class Slab:
         self._layouts: dict[tuple[str, ...], tuple[Places, Places]] = {}
         memory_X = torch.zeros(int(ends[-1]), dtype=torch.uint8, device=device)
         own = {
-            n: torch.zeros((rows, *tail), dtype=d, device=device)
-            for n, (tail, d) in self._wide.items()
+            name: torch.zeros((rows, *tail), dtype=dtype, device=device)
+            for name, (tail, dtype) in (wide or {}).items()
         }
         self._lie_in(memory_X, own)
 

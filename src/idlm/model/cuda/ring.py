@@ -10,21 +10,19 @@ import torch
 import triton
 import triton.language as tl
 
-SLOTS = 4  # replays whose results are there; more than are launched before they are read
 WARPS = 4
 
 
 class Ring:
-    """Results of the last `SLOTS` replays of a graph that ends with `write`.
+    """Results of the last ``slots`` replays of a graph that ends with `write`.
 
     Args:
         results: what a replay brings, dense, int64.
     """
 
-    def __init__(self, results: torch.Tensor) -> None:
-        cuda = results.is_cuda
-        shape = SLOTS, *results.shape
-        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=cuda)
+    def __init__(self, results: torch.Tensor, slots: int) -> None:
+        shape = slots, *results.shape
+        self._host = torch.zeros(shape, dtype=torch.int64, pin_memory=results.is_cuda)
         self._slots: list[npt.NDArray[np.int64]] = list(self._host.numpy())
         # Counted by both sides: the graph is the same every time.
         self._count_1 = torch.zeros(1, dtype=torch.int64, device=results.device)
@@ -38,7 +36,7 @@ class Ring:
             self._host,
             self._count_1,
             size,
-            SLOTS=SLOTS,
+            SLOTS=len(self._slots),
             SIZE=triton.next_power_of_2(size),
             num_warps=WARPS,
         )
@@ -51,7 +49,7 @@ class Ring:
     def following(self) -> npt.NDArray[np.int64]:
         """Where the results of the next replay will be, once it is over."""
         slot = self._slots[self._next]
-        self._next = (self._next + 1) % SLOTS
+        self._next = (self._next + 1) % len(self._slots)
         return slot
 
 
