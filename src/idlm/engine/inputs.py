@@ -78,10 +78,9 @@ class Inputs:
         self.seats = Seats(self, B)
         return self.seats
 
-    def go_on(self, state: State) -> State:
+    def go_on(self, state: State) -> None:
         """Write ``state`` over the one that it came from; rows of nobody stay short."""
         self.state.take(state, self.size, self.real_B)
-        return self.state
 
 
 class Seats:
@@ -163,9 +162,8 @@ class Seats:
         if moved is not None:
             _put_blocks(changes, moved)
         changes.make()
-        count = max(len(self.state.pending_B), max(rows) + 1)
-        if count > len(self.state.pending_B):
-            self._count(count)
+        if max(rows) >= len(self.state.pending_B):
+            self._count(max(rows) + 1)
 
 
 def _put_blocks(changes: Changes, moved: Moved) -> None:

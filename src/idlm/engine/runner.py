@@ -122,9 +122,9 @@ class Runner:
         sampling = self.sampling(requests)
         self._restrict(sampling, requests, Drafts.none(len(requests), self.device))
         caches = self._cache.k_LNKTD, self._cache.v_LNKTD
-        table_BP, tokens_BC, count_B, start_B = upload_all(list(prompts.texts), self.device)
-        inputs = table_BP, tokens_BC, count_B, start_B
-        return _launched(cycle.prefill(method, *caches, *inputs, sampling))
+        inputs = upload_all(list(prompts.texts.values()), self.device)
+        texts = dict(zip(prompts.texts, inputs, strict=True))
+        return _launched(cycle.prefill(method, *caches, **texts, sampling=sampling))
 
     def _prompts(
         self, requests: Sequence[Request], wants: frozenset[str], masks: int, captured: bool

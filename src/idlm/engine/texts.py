@@ -32,9 +32,9 @@ class Prompts:
     columns: dict[str, npt.NDArray[Any]]
 
     @property
-    def texts(self) -> tuple[npt.NDArray[Any], ...]:
-        """What `cycle.prefill` takes, without the sampling."""
-        return self.table_BP, self.tokens_BC, self.count_B, self.start_B
+    def texts(self) -> dict[str, npt.NDArray[Any]]:
+        """What `cycle.prefill` takes by name, without the sampling."""
+        return {name: x for name, x in vars(self).items() if name != "columns"}
 
 
 class Texts:
@@ -74,8 +74,7 @@ class Texts:
     def take(self, prompts: Prompts, sampling: Sampling | None) -> None:
         """Take over requests, with what ``sampling`` has for every token."""
         memory_X, own = self._slab.image(self._nobody)
-        names = ("table_BP", "tokens_BC", "count_B", "start_B")
-        for name, array in (*zip(names, prompts.texts, strict=True), *prompts.columns.items()):
+        for name, array in (prompts.texts | prompts.columns).items():
             own[name][tuple(map(slice, array.shape))] = array
         self._slab.memory_X.copy_(memory_X, non_blocking=True)
         for name, tensor in self._slab.wide.items():
@@ -85,7 +84,6 @@ class Texts:
     def pretend(self) -> None:
         """As they are, they will do for a timing."""
 
-    def go_on(self, state: State) -> State:
+    def go_on(self, state: State) -> None:
         """Keep ``state``, which the answers begin with."""
         self.state.take(state, self._slab.rows)
-        return self.state

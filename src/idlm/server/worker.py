@@ -33,8 +33,8 @@ from idlm.server.errors import queue_full, shutting_down
 
 logger = logging.getLogger(__name__)
 
-# Updates of all streams together a second. A GPU brings tens of thousands, and each takes the
-# processor that launches its forwards a tenth of a millisecond on its way out.
+# Updates of all streams together a second. A GPU brings tens of thousands, and to send them keeps
+# the processor from launching its forwards.
 MOST_EVENTS = 2000
 
 
