@@ -29,7 +29,7 @@ from idlm.model.attention import PagedAttention, grouped_attention, visibility_b
 from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.paged_attention import attend
 from idlm.model.cuda.projection import add, project
-from idlm.model.cuda.rotation import rotate_and_append
+from idlm.model.cuda.rotation import Heads, rotate_and_append
 from idlm.model.cuda.rows import Rows
 from idlm.model.cuda.stream import begin
 from idlm.model.cuda.tile import Tile
@@ -202,6 +202,8 @@ def rows_of(layout: Layout, batch: int, start: int, table_BP: torch.Tensor) -> R
         start_B,
         start_B[:, None] + tables.offsets_NR[drafts_B],
         tables.visible_NRR[drafts_B],
+        first_clean=0,
+        first_mask=batch * layout.stride,
     )
 
 
@@ -224,9 +226,11 @@ def time_attention(report: Report, deadline: float) -> None:
                 qkv = torch.randn(batch * R, W, device=DEVICE, dtype=DTYPE)
                 cos = torch.randn(batch * R, D, device=DEVICE, dtype=DTYPE)
                 norm = torch.ones(D, device=DEVICE, dtype=DTYPE) if c.qk_norm else None
-                line["attend_us"] = microseconds(lambda: attend(qkv, k, v, rows))  # noqa: B023
+                line["attend_us"] = microseconds(lambda: attend(qkv, k, v, [rows]))  # noqa: B023
+                cells = torch.randint(BLOCK, len(k) * BLOCK, (batch * R,), device=DEVICE)
+                heads = Heads(cos, cos, cells, k, v)
                 line["rotate_us"] = microseconds(
-                    lambda: rotate_and_append(qkv, cos, cos, k, v, rows, norm, norm, 1e-6)  # noqa: B023
+                    lambda: rotate_and_append(qkv, heads, norm, norm, 1e-6)  # noqa: B023
                 )
                 # The library's attention over keys that lie in a row, as it would like them.
                 kk = k[table.long()].transpose(1, 2).flatten(2, 3)[:, :, :S].contiguous()

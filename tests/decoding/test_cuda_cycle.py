@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 pytest.importorskip("triton")
 from idlm.decoding import propose
-from idlm.decoding.cycle import Method, Outcome, State, decode, prefill
+from idlm.decoding.cycle import Method, Outcome, State, Texts, decode, decode_with, prefill
 from idlm.decoding.layout import Layout
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.sampling import Sampling
@@ -54,9 +55,10 @@ class Decoding:
         adapter = random_adapter(config).to(DEVICE).freeze() if rows.num_masks else None
         self.method = Method(decoder, adapter, rows, rule)
         self.params, B = params, len(params)
-        shape = config.num_layers, B * 12, config.num_kv_heads, 16, config.head_dim
+        shape = config.num_layers, 1 + B * 12, config.num_kv_heads, 16, config.head_dim
         self.k, self.v = torch.zeros(2, *shape, device=DEVICE).unbind()
-        self.table = torch.arange(B * 12, dtype=torch.int32, device=DEVICE).view(B, 12)
+        blocks = torch.arange(B * 12, dtype=torch.int32, device=DEVICE) + 1  # 0 is nobody's
+        self.table = blocks.view(B, 12)
 
     def sampling(self) -> Sampling:
         B, V = len(self.params), self.method.decoder.config.vocab_size
@@ -118,6 +120,74 @@ def test_cycles(layout: str, stride: int, rule: str, params: list[SamplingParams
 @torch.inference_mode()
 def test_drafts_of_the_whole_vocabulary(layout: str, stride: int) -> None:
     compare(Decoding(layout, stride, "rejection", [GREEDY] * 3), whole=True)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize(
+    ("layout", "stride", "rule", "params"),
+    [
+        ("ar", 1, "coupled", [GREEDY] * 4),
+        ("linear", 3, "rejection", [GREEDY] * 4),
+        ("quadratic", 3, "coupled", [WARM, GREEDY, WARM, GREEDY]),
+        ("quadratic", 2, "rejection", [CUT, WARM, GREEDY, CUT]),
+    ],
+)
+@torch.inference_mode()
+def test_cycles_that_take_prompts_along(
+    layout: str, stride: int, rule: str, params: list[SamplingParams], cuda: bool
+) -> None:
+    """Two requests decode, two more come: what a cycle brings all four is what two calls bring."""
+    decoding = Decoding(layout, stride, rule, params)
+    method, table, everybody = decoding.method, decoding.table, decoding.sampling()
+    two, four = torch.arange(2, device=DEVICE), torch.arange(4, device=DEVICE)
+
+    def chosen(rows: torch.Tensor) -> Sampling:
+        tensors: dict[str, Any] = {name: x[rows] for name, x in everybody.tensors.items()}
+        return replace(everybody, **tensors)
+
+    def begin(rows: torch.Tensor) -> Outcome:
+        start_B = torch.zeros_like(rows)
+        given = table[rows], PROMPTS[rows], start_B + 9, start_B, chosen(rows)
+        return prefill(method, decoding.k, decoding.v, *given)
+
+    # Nine tokens in rows of six, the last of each text first.
+    rows_E = torch.tensor([2, 3, 2, 3], device=DEVICE)
+    tokens_EC = PROMPTS[rows_E, :6].clone()
+    tokens_EC[:2, :3] = PROMPTS[2:, 6:]
+    last_E = torch.tensor([True, True, False, False], device=DEVICE)
+    count_E, start_E = torch.where(last_E, 3, 6), torch.where(last_E, 6, 0)
+    texts = Texts(table[rows_E], tokens_EC, count_E, start_E, last_E)
+    with kernels(cuda):
+        patch = pytest.MonkeyPatch()
+        if cuda:
+            patch.setattr(cuda_stack, "usable", lambda device: True)
+        state = begin(two).state
+        sampling = Sampling.cat([chosen(two), chosen(rows_E)])
+        given = table[two], state, texts, sampling
+        actual = decode_with(method, decoding.k, decoding.v, *given)
+        patch.undo()
+    caches = decoding.k.clone(), decoding.v.clone()
+    with kernels(False):
+        begin(two)
+        going = decode(method, decoding.k, decoding.v, table[two], state, chosen(two))
+        begun = begin(two + 2)
+        after = State.cat([going.state, begun.state])
+        ours = actual.state.select(four)
+        nexts = [
+            decode(method, *given, table, after, chosen(four))
+            for given in (caches, (decoding.k, decoding.v))
+        ]
+    accepted_B = torch.cat((going.verdict.accepted_B, torch.zeros_like(two)))
+    assert torch.equal(actual.verdict.accepted_B[:4], accepted_B)
+    assert torch.equal(actual.tokens_BN[:2], going.tokens_BN)
+    assert torch.equal(actual.tokens_BN[2:4, 0], begun.tokens_BN[:, 0])
+    assert torch.equal(ours.pending_B, after.pending_B)
+    assert torch.equal(ours.length_B, after.length_B)
+    assert torch.equal(ours.drafts.count_B, after.drafts.count_B)
+    assert torch.equal(ours.drafts.tokens_BM, after.drafts.tokens_BM)
+    # What the two ways have left in the cache is the same.
+    assert torch.equal(nexts[0].tokens_BN, nexts[1].tokens_BN)
+    torch.testing.assert_close(nexts[0].logits_BNV, nexts[1].logits_BNV, atol=1e-4, rtol=1e-3)
 
 
 def compare(decoding: Decoding, whole: bool = False) -> None:

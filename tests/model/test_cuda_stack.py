@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from idlm.model.attention import PagedAttention
 from idlm.model.cuda import head as cuda_head
 from idlm.model.cuda import stack as cuda_stack
+from idlm.model.decoder import Part
 from tests.support.paged import block_table, contiguous, paged
 from tests.support.random_model import random_adapter, random_config, random_decoder
 
@@ -83,8 +84,8 @@ def test_is_the_layers(
         )
 
     caches, expected_caches = (paged(kept, table_BP).to(DEVICE) for _ in range(2))
-    given = tokens_BC, positions_BR.to(DEVICE), attention(caches), masks, adapter
-    hidden_BRH = cuda_stack.run(decoder, *given)
+    part = Part(tokens_BC, positions_BR.to(DEVICE), attention(caches), masks)
+    (hidden_BRH,) = cuda_stack.run(decoder, [part], adapter)
     for layer in decoder.layers:
         x_BRH = layer(x_BRH, cos, sin, attention(expected_caches), masks, adapter)
     torch.testing.assert_close(hidden_BRH, decoder.norm(x_BRH), atol=1e-4, rtol=1e-3)
@@ -94,6 +95,65 @@ def test_is_the_layers(
             for c in (caches, expected_caches)
         )
         torch.testing.assert_close(written, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "masks", "fused"),
+    [("llama", 0, True), ("llama", 3, True), ("biases", 3, False), ("qk norm, window", 3, False)],
+)
+@torch.inference_mode()
+def test_parts_run_together(
+    shape: str, masks: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some that decode, and texts, of which two rows are one text: as if each ran by itself."""
+    if not fused:
+        monkeypatch.setattr(cuda_stack, "FUSED_ROWS", 0)
+        monkeypatch.setattr(cuda_stack, "SMALL_WEIGHT", 0)
+    config = random_config(**SHAPES[shape])
+    decoder = random_decoder(config).to(DEVICE)
+    adapter = random_adapter(config).to(DEVICE).freeze() if masks else None
+    table_BP = block_table(5, 60) + 1
+    kept = torch.randn(2, config.num_layers, 22, config.num_kv_heads, 16, config.head_dim)
+
+    def part(rows: list[int], starts: list[int], clean: int, ends: list[bool]) -> Any:
+        R = clean + masks
+        start_B = torch.tensor(starts, device=DEVICE)
+        offsets_R = torch.arange(R, device=DEVICE)
+        kept_BR = torch.tensor(ends, device=DEVICE)[:, None] | (offsets_R < clean)
+        visible_BRR = torch.ones(R, R, dtype=torch.bool, device=DEVICE).tril()
+        tokens_BC = torch.randint(config.vocab_size, (len(rows), clean), device=DEVICE)
+
+        def over(caches: torch.Tensor) -> Part:
+            k_LNKTD, v_LNKTD = caches.unbind()
+            attention = PagedAttention(
+                k_LNKTD,
+                v_LNKTD,
+                table_BP[rows].to(DEVICE),
+                start_B,
+                start_B[:, None] + offsets_R,
+                visible_BRR.repeat(len(rows), 1, 1),
+                config.sliding_window,
+                kept_BR,
+            )
+            return Part(tokens_BC, attention.positions_BR, attention, masks)
+
+        return over
+
+    parts = [
+        part([0, 1, 2], [0, 13, 30], 2, [True] * 3),
+        part([3, 4, 3], [13, 5, 7], 6, [True, True, False]),  # the last one comes before the first
+    ]
+    caches, expected_caches = (kept.to(DEVICE, copy=True) for _ in range(2))
+    actual = cuda_stack.run(decoder, [over(caches) for over in parts], adapter)
+    monkeypatch.setattr(cuda_stack, "takes", lambda *_: False)
+    expected = decoder.together([over(expected_caches) for over in parts], adapter)
+    # Of the text's first part only the clean rows are wanted: its masks see keys of the second.
+    wanted = [actual[0], actual[1][:2], actual[1][2:, :6]]
+    for hidden, other in zip(
+        wanted, [expected[0], expected[1][:2], expected[1][2:, :6]], strict=True
+    ):
+        torch.testing.assert_close(hidden, other, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(caches[:, :, 1:], expected_caches[:, :, 1:], atol=1e-4, rtol=1e-3)
 
 
 @torch.inference_mode()

@@ -14,10 +14,9 @@ from torch import nn
 pytest.importorskip("triton")
 from idlm.model.cuda import epilogue
 from idlm.model.cuda.low_rank import LowRank, stack, stacked
-from idlm.model.cuda.projection import Heads
-from idlm.model.cuda.rotation import rotate_and_append
-from idlm.model.cuda.rows import Rows
+from idlm.model.cuda.rotation import Heads, rotate_and_append
 from idlm.model.cuda.stream import Stream, begin
+from tests.support.paged import cells
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -152,23 +151,16 @@ def check_rotate(
     case = Case(*shape, bias=not norms, dtype=dtype)
     draw = torch.Generator().manual_seed(0)
     start_B = torch.randint(60, (requests,), generator=draw).to(DEVICE)
-    rows = Rows(
-        requests,
-        clean,
-        masks,
-        torch.randperm(6 * requests, generator=draw).view(requests, 6).int().to(DEVICE),
-        start_B,
-        start_B[:, None] + torch.arange(R, device=DEVICE),
-        torch.ones(requests, R, R, dtype=torch.bool, device=DEVICE),
-    )
+    table_BP = torch.randperm(6 * requests, generator=draw).view(requests, 6).int().to(DEVICE)
     cos_ND, sin_ND = case.random(2, requests * R, dim // 2).repeat(1, 1, 2)
     sin_ND[:, : dim // 2] *= -1
     head_norms = (case.random(dim), case.random(dim), EPS) if norms else (None, None, 0.0)
     caches = torch.zeros(2, 2, 6 * requests, keys, 16, dim, dtype=dtype, device=DEVICE)
-    heads = Heads(cos_ND, sin_ND, caches[0][0], caches[0][1], rows)
+    angles = cos_ND, sin_ND, cells(table_BP, start_B, R, clean)
+    heads = Heads(*angles, *caches[0].unbind())
     actual_NW = epilogue.rotate(*case.behind_norm(), heads, *head_norms)
     expected_NW = case.expected(norm=True).to(dtype)
-    rotate_and_append(expected_NW, cos_ND, sin_ND, caches[1][0], caches[1][1], rows, *head_norms)
+    rotate_and_append(expected_NW, Heads(*angles, *caches[1].unbind()), *head_norms)
     width = modules[0]
     bound = BOUNDS[dtype]
     assert error(actual_NW[:, :width], expected_NW[:, :width].double()) < bound

@@ -12,8 +12,9 @@ from idlm.model.decoder import rotate
 
 pytest.importorskip("triton")
 from idlm.model.cuda.paged_attention import PART_KEYS, attend, cut_of
-from idlm.model.cuda.rotation import rotate_and_append
+from idlm.model.cuda.rotation import Heads, rotate_and_append
 from idlm.model.cuda.rows import Rows
+from tests.support.paged import cells, flat
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T = 16
@@ -67,21 +68,26 @@ class Case:
         k, v = (x[batch_B1, index_BR][rows].to(DEVICE) for x in (self.k_BSKD, self.v_BSKD))
         k_cache, v_cache = self.k_NKTD.to(DEVICE), self.v_NKTD.to(DEVICE)
         table, start = self.table_BP[rows].to(DEVICE), self.start_B[rows].to(DEVICE)
+        clean = R - self.masks
         flight = Rows(
             requests=len(k),
-            clean=R - self.masks,
+            clean=clean,
             masks=self.masks,
             table_BP=table,
             start_B=start,
             positions_BR=self.positions_BR[rows].to(DEVICE),
             visible_BRR=self.visible_BRR[rows].to(DEVICE),
+            first_clean=0,
+            first_mask=len(k) * clean,
         )
         # An angle of 0: what is appended stays as it is.
         qkv_BRW = torch.cat((self.q_BRQD[rows].to(DEVICE), k, v), dim=2).flatten(2)
-        qkv_NW = flight.flat(qkv_BRW)
+        qkv_NW = flat(qkv_BRW, clean)
         cos_ND = torch.ones(len(qkv_NW), k.shape[-1], dtype=k.dtype, device=DEVICE)
-        rotate_and_append(qkv_NW, cos_ND, torch.zeros_like(cos_ND), k_cache, v_cache, flight)
-        out_NX = attend(qkv_NW, k_cache, v_cache, flight, window)
+        where = cells(table, start, R, clean)
+        heads = Heads(cos_ND, torch.zeros_like(cos_ND), where, k_cache, v_cache)
+        rotate_and_append(qkv_NW, heads)
+        out_NX = attend(qkv_NW, k_cache, v_cache, [flight], window)
         return flight.unflat(out_NX).view(self.q_BRQD[rows].shape).cpu()
 
     def expected(self, window: int | None = None) -> torch.Tensor:
@@ -186,14 +192,15 @@ def test_rotation_norms_and_cache(normed: bool) -> None:
     caches_2NKTD = torch.zeros(2, 8, K, T, D)
     table_BP, start_B = torch.tensor([[5, 2], [7, 1]]).int(), torch.tensor([15, 3])
     on_device = caches_2NKTD.to(DEVICE)
-    flight = Rows(B, 2, 1, table_BP.to(DEVICE), start_B.to(DEVICE), start_B, start_B)
+    clean = 2
     qkv_NW, cos_ND, sin_ND = (
-        flight.flat(x.flatten(2).to(DEVICE)) for x in (qkv_BRND, cos_BR1D, sin_BR1D)
+        flat(x.flatten(2), clean).to(DEVICE) for x in (qkv_BRND, cos_BR1D, sin_BR1D)
     )
+    where = cells(table_BP, start_B, R, clean).to(DEVICE)
     q_norm_D, k_norm_D = norms_2D.to(DEVICE).unbind() if normed else (None, None)
-    k_NKTD, v_NKTD = on_device.unbind()
-    rotate_and_append(qkv_NW, cos_ND, sin_ND, k_NKTD, v_NKTD, flight, q_norm_D, k_norm_D, eps)
-    q_BRQD = flight.unflat(qkv_NW).cpu().view(qkv_BRND.shape)[:, :, :Q]
+    heads = Heads(cos_ND, sin_ND, where, *on_device.unbind())
+    rotate_and_append(qkv_NW, heads, q_norm_D, k_norm_D, eps)
+    q_NQD = qkv_NW.cpu().view(B * R, -1, D)[:, :Q]
     q, k, v = qkv_BRND.split((Q, K, K), dim=2)
     if normed:
         q = torch.nn.functional.rms_norm(q, (D,), norms_2D[0], eps)
@@ -204,5 +211,5 @@ def test_rotation_norms_and_cache(normed: bool) -> None:
         block = int(table_BP[b, index // T])
         caches_2NKTD[0, block, :, index % T] = k[b, r]
         caches_2NKTD[1, block, :, index % T] = v[b, r]
-    torch.testing.assert_close(q_BRQD, q, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(q_NQD, flat(q, clean), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(on_device.cpu(), caches_2NKTD, atol=1e-5, rtol=1e-4)

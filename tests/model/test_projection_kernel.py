@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from idlm.model.cuda.low_rank import LowRank
-from idlm.model.cuda.projection import Heads, add, project
-from idlm.model.cuda.rotation import rotate_and_append
-from idlm.model.cuda.rows import Rows
+from idlm.model.cuda.projection import add, project
+from idlm.model.cuda.rotation import Heads, rotate_and_append
 from idlm.model.cuda.stream import begin
 from idlm.model.cuda.tile import Tile
+from tests.support.paged import cells
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -219,28 +219,20 @@ def test_heads_go_where_they_belong(
     merged_OI = random(*weight_OI.shape) * inputs**-0.5 if kind == "merged" else None
     low_rank = LowRank(random(12, inputs) * 0.1, random(len(weight_OI), 4), modules, merged_OI)
     start_B = torch.randint(60, (requests,), generator=draw).to(DEVICE)
-    rows = Rows(
-        requests,
-        clean,
-        masks,
-        torch.randperm(6 * requests, generator=draw).view(requests, 6).int().to(DEVICE),
-        start_B,
-        start_B[:, None] + torch.arange(R, device=DEVICE),
-        torch.ones(requests, R, R, dtype=torch.bool, device=DEVICE),
-    )
+    table_BP = torch.randperm(6 * requests, generator=draw).view(requests, 6).int().to(DEVICE)
     half = dim // 2
     cos_ND, sin_ND = random(2, requests * R, half).repeat(1, 1, 2)
     sin_ND[:, :half] *= -1
     given = begin(random(requests * R, inputs), random(inputs), 1e-5)
     update: dict[str, Any] = {
         "low_rank": None if kind == "base" else low_rank,
-        "first_mask": rows.first_mask,
+        "first_mask": requests * clean,
     }
     after = [torch.zeros(2, 6 * requests, keys, 16, dim, dtype=dtype, device=DEVICE) for _ in "ab"]
     expected_NW = project(given, weight_OI, **update)
-    rotate_and_append(expected_NW, cos_ND, sin_ND, after[0][0], after[0][1], rows)
-    heads = Heads(cos_ND, sin_ND, after[1][0], after[1][1], rows)
-    actual_NW = project(given, weight_OI, heads=heads, **update)
+    angles = cos_ND, sin_ND, cells(table_BP, start_B, R, clean)
+    rotate_and_append(expected_NW, Heads(*angles, *after[0].unbind()))
+    actual_NW = project(given, weight_OI, heads=Heads(*angles, *after[1].unbind()), **update)
     width = modules[0]
     # Products of such numbers are exact in fp32 (with more rows, numpy adds them up otherwise).
     if dtype is torch.float16 and len(expected_NW) < 64:

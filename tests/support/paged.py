@@ -26,3 +26,17 @@ def paged(cache: torch.Tensor, table_BP: torch.Tensor, tokens: int = 16) -> torc
 def contiguous(cache: torch.Tensor, table_BP: torch.Tensor, length: int) -> torch.Tensor:
     """The inverse of `paged`: ``[..., B, K, S, D]``."""
     return cache[..., table_BP.long(), :, :, :].transpose(-4, -3).flatten(-3, -2)[..., :length, :]
+
+
+def flat(x_BRX: torch.Tensor, clean: int) -> torch.Tensor:
+    """``[B, R, ...]`` to ``[N, ...]``: the ``clean`` rows of all requests, then their masks."""
+    return torch.cat((x_BRX[:, :clean].flatten(0, 1), x_BRX[:, clean:].flatten(0, 1)))
+
+
+def cells(
+    table_BP: torch.Tensor, start_B: torch.Tensor, rows: int, clean: int, tokens: int = 16
+) -> torch.Tensor:
+    """``[N]`` int64, flat: where the keys of ``rows`` of each request go, from ``start`` on."""
+    index_BR = start_B[:, None] + torch.arange(rows, device=start_B.device)
+    block_BR = table_BP.long().gather(1, index_BR // tokens)
+    return flat(block_BR * tokens + index_BR % tokens, clean)

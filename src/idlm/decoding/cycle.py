@@ -21,7 +21,7 @@ from idlm.decoding.verify import Drafts, Verdict, verify
 from idlm.model.adapter import Adapter
 from idlm.model.attention import PagedAttention
 from idlm.model.cuda import head as cuda_head
-from idlm.model.decoder import Decoder
+from idlm.model.decoder import Decoder, Part
 
 # Rows of a forward up to which mask blocks that will not be used go through the output layer too.
 ONE_PASS_ROWS = {"cpu": 12, "cuda": 128}
@@ -94,6 +94,22 @@ def _cat(parts: Sequence[torch.Tensor | None], states: Sequence[State]) -> torch
     )
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Prompts that are not cached yet, in ``E`` rows of up to ``C`` tokens; longer ones take more.
+
+    Attributes:
+        table_EP, tokens_EC, count_E, start_E: as in `prefill`. A row may start where another ends.
+        last_E: bool; whether its text ends with it, so that an answer begins.
+    """
+
+    table_EP: torch.Tensor
+    tokens_EC: torch.Tensor
+    count_E: torch.Tensor
+    start_E: torch.Tensor
+    last_E: torch.Tensor
+
+
 @dataclass
 class Outcome:
     """What one forward brought.
@@ -141,7 +157,66 @@ def decode(
             state.length_B,
             sampling,
         )
-    tables = row_tables(layout, state.pending_B.device)
+    part = _decoding(method, k_LNKTD, v_LNKTD, table_BP, state)
+    (hidden_BRH,) = method.decoder.together([part], method.adapter)
+    block_after_NN = row_tables(layout, table_BP.device).block_after_NN
+    return _conclude(method, hidden_BRH, layout.num_masks, block_after_NN, state, sampling)
+
+
+def decode_with(
+    method: Method,
+    k_LNKTD: torch.Tensor,
+    v_LNKTD: torch.Tensor,
+    table_BP: torch.Tensor,
+    state: State,
+    texts: Texts,
+    sampling: Sampling,
+) -> Outcome:
+    """`decode` of ``B`` requests and `prefill` of others as one forward.
+
+    Their rows go through the layers together, and so costs hardly more what would take as long as
+    a cycle by itself.
+
+    Args:
+        sampling: of the requests of ``state``, then of each row of ``texts``.
+    Returns:
+        Of the requests of ``state``, then of each row of ``texts``: what a row brings that is not
+        the last of its text is nothing that anybody wants.
+    """
+    layout, M = method.layout, method.layout.block_size
+    state = State(state.pending_B, state.length_B, state.drafts.resized(M))
+    caches = k_LNKTD, v_LNKTD
+    given = texts.table_EP, texts.tokens_EC, texts.count_E, texts.start_E
+    parts = [
+        _decoding(method, *caches, table_BP, state),
+        _causal(method, *caches, *given, M, texts.last_E),
+    ]
+    hidden_BRH, hidden_ERH = method.decoder.together(parts, method.adapter)
+    begun, ends_E1H = _ends(texts.tokens_EC, texts.count_E, texts.start_E, hidden_ERH)
+    # As rows of requests that have no drafts: pending, and the block of masks behind it.
+    E, C = texts.tokens_EC.shape
+    begun_ERH = hidden_BRH.new_zeros(E, *hidden_BRH.shape[1:])
+    begun_ERH[:, :1] = ends_E1H
+    begun_ERH[:, layout.stride : layout.stride + M] = hidden_ERH[:, C:]
+    return _conclude(
+        method,
+        torch.cat((hidden_BRH, begun_ERH)),
+        layout.num_masks,
+        row_tables(layout, table_BP.device).block_after_NN,
+        State.cat([state, begun]),
+        sampling,
+    )
+
+
+def _decoding(
+    method: Method,
+    k_LNKTD: torch.Tensor,
+    v_LNKTD: torch.Tensor,
+    table_BP: torch.Tensor,
+    state: State,
+) -> Part:
+    """The rows of requests that decode."""
+    tables = row_tables(method.layout, state.pending_B.device)
     tokens_BN, positions_BR, visible_BRR = _rows(tables, state)
     attention = PagedAttention(
         k_LNKTD,
@@ -152,21 +227,7 @@ def decode(
         visible_BRR,
         method.decoder.config.sliding_window,
     )
-    hidden_BRH = method.decoder(
-        tokens_BN,
-        positions_BR,
-        attention,
-        num_masks=layout.num_masks,
-        adapter=method.adapter,
-    )
-    return _conclude(
-        method,
-        hidden_BRH,
-        layout.num_masks,
-        tables.block_after_NN,
-        state,
-        sampling,
-    )
+    return Part(tokens_BN, positions_BR, attention, method.layout.num_masks)
 
 
 def _rows(tables: RowTables, state: State) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -201,23 +262,29 @@ def prefill(
     Returns:
         The first token after the prompt, and proposals for those that follow it.
     """
-    (B, C), masks = tokens_BC.shape, method.layout.block_size
-    hidden_BRH = _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, masks)
-    last_B1 = (count_B - 1)[:, None]
-    last_B1H = hidden_BRH.gather(1, last_B1[..., None].expand(-1, 1, hidden_BRH.shape[2]))
-    state = State(
-        tokens_BC.gather(1, last_B1).squeeze(1),
-        start_B + count_B - 1,
-        Drafts.none(B, tokens_BC.device),
-    )
+    C, masks = tokens_BC.shape[1], method.layout.block_size
+    part = _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, masks)
+    (hidden_BRH,) = method.decoder.together([part], method.adapter)
+    state, ends_B1H = _ends(tokens_BC, count_B, start_B, hidden_BRH)
     return _conclude(
         method,
-        torch.cat((last_B1H, hidden_BRH[:, C:]), dim=1),
+        torch.cat((ends_B1H, hidden_BRH[:, C:]), dim=1),
         masks,
         row_tables(method.layout, tokens_BC.device).block_after_NN[:1, :1],
         state,
         sampling,
     )
+
+
+def _ends(
+    tokens_BC: torch.Tensor, count_B: torch.Tensor, start_B: torch.Tensor, hidden_BRH: torch.Tensor
+) -> tuple[State, torch.Tensor]:
+    """Requests whose last token is pending, and ``[B, 1, H]``: the hidden states of that."""
+    last_B1 = (count_B - 1)[:, None]
+    ends_B1H = hidden_BRH.gather(1, last_B1[..., None].expand(-1, 1, hidden_BRH.shape[2]))
+    pending_B = tokens_BC.gather(1, last_B1).squeeze(1)
+    none = Drafts.none(len(pending_B), pending_B.device)
+    return State(pending_B, start_B + count_B - 1, none), ends_B1H
 
 
 def cache(
@@ -234,7 +301,8 @@ def cache(
         Their final hidden states, ``[B, C, H]``; see `logits`.
     """
     count_B = torch.full_like(start_B, tokens_BC.shape[1])
-    return _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, 0)
+    part = _causal(method, k_LNKTD, v_LNKTD, table_BP, tokens_BC, count_B, start_B, 0)
+    return method.decoder.together([part], None)[0]
 
 
 def _causal(
@@ -246,8 +314,12 @@ def _causal(
     count_B: torch.Tensor,
     start_B: torch.Tensor,
     num_masks: int,
-) -> torch.Tensor:
-    """Hidden states of tokens (and masks) that begin at ``start`` and see all before them."""
+    last_B: torch.Tensor | None = None,
+) -> Part:
+    """Tokens (and masks) that begin at ``start`` and see all before them.
+
+    Where ``last_B`` (bool) says so (None: everywhere), the masks are wanted.
+    """
     C, device = tokens_BC.shape[1], tokens_BC.device
     row_R = torch.arange(C + num_masks, device=device)
     # Masks stand behind the last token, not behind what fills up, and do not see that.
@@ -261,15 +333,9 @@ def _causal(
         start_B[:, None] + offset_BR,
         (row_R[:, None] >= row_R) & real_BR[:, None],
         method.decoder.config.sliding_window,
+        None if last_B is None else last_B[:, None] | (row_R < C),
     )
-    hidden_BRH: torch.Tensor = method.decoder(
-        tokens_BC,
-        attention.positions_BR,
-        attention,
-        num_masks=num_masks,
-        adapter=method.adapter,
-    )
-    return hidden_BRH
+    return Part(tokens_BC, attention.positions_BR, attention, num_masks)
 
 
 def _conclude(

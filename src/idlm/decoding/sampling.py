@@ -7,7 +7,7 @@ drafted from ``q`` is tested against ``p`` made in the same way.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,14 @@ class Sampling:
             bias_X[upload(places, device)] = upload(biases, device, torch.float32)
             sampling.bias_BV = bias_X.view(len(params), vocab_size)
         return sampling
+
+    @classmethod
+    def cat(cls, parts: Sequence[Sampling]) -> Sampling:
+        """The requests of all ``parts``, which are of one kind, in order."""
+        names = parts[0].tensors
+        tensors: dict[str, Any] = {n: torch.cat([p.tensors[n] for p in parts]) for n in names}
+        limit = max(p.max_top_k for p in parts)
+        return replace(parts[0], max_top_k=limit, **tensors)
 
     @staticmethod
     def columns(

@@ -97,6 +97,7 @@ class PagedAttention:
         positions_BR: position of every row, int64.
         visible_BRR: bool; ``visible[b, r, c]``: row ``r`` sees in-flight row ``c``.
         window: sliding window in tokens, or None.
+        kept_BR: bool; keys of rows that are not kept go into block 0, nobody's. None: all are.
     """
 
     def __init__(
@@ -108,16 +109,17 @@ class PagedAttention:
         positions_BR: torch.Tensor,
         visible_BRR: torch.Tensor,
         window: int | None = None,
+        kept_BR: torch.Tensor | None = None,
     ) -> None:
         self.k_LNKTD, self.v_LNKTD, self.table_BP = k_LNKTD, v_LNKTD, table_BP
         self.start_B, self.positions_BR, self.visible_BRR = start_B, positions_BR, visible_BRR
-        self.window = window
+        self.window, self.kept_BR = window, kept_BR
 
     def __call__(
         self, layer: int, q_BRQD: torch.Tensor, k_BRKD: torch.Tensor, v_BRKD: torch.Tensor
     ) -> torch.Tensor:
         k_NKTD, v_NKTD = self.k_LNKTD[layer], self.v_LNKTD[layer]
-        if cpu_kernels.usable(k_NKTD):
+        if cpu_kernels.usable(k_NKTD) and self.kept_BR is None:
             cpu_kernels.append(k_BRKD, k_NKTD, self.table_BP, self.start_B)
             cpu_kernels.append(v_BRKD, v_NKTD, self.table_BP, self.start_B)
             return cpu_kernels.attention(
@@ -134,6 +136,8 @@ class PagedAttention:
         index_BR, dead_B1S1, bias_BRS = self._places
         T = k_NKTD.shape[2]
         blocks_BR = self.table_BP.gather(1, index_BR // T)
+        if self.kept_BR is not None:
+            blocks_BR = blocks_BR * self.kept_BR
         k_NKTD[blocks_BR, :, index_BR % T] = k_BRKD
         v_NKTD[blocks_BR, :, index_BR % T] = v_BRKD
         # What has not been written may be NaN, which a weight of 0 does not take away.

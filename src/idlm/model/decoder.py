@@ -9,6 +9,8 @@ only, so clean rows compute what the base model computes, bit by bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,6 +130,20 @@ class Layer(nn.Module):
         return x_BRH + self.down(swiglu(gate_up), lora.get("down"), num_masks)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Requests of a forward that have as many rows each; their attention is their own.
+
+    Attributes:
+        tokens_BC, positions_BR, attention, num_masks: as in `Decoder.forward`.
+    """
+
+    tokens_BC: torch.Tensor
+    positions_BR: torch.Tensor
+    attention: PagedAttention
+    num_masks: int
+
+
 class Decoder(nn.Module):
     """Token rows in, final hidden states out; `logits` maps those to the vocabulary."""
 
@@ -171,7 +187,8 @@ class Decoder(nn.Module):
         lora = adapter if num_masks else None
         paged = attention if isinstance(attention, PagedAttention) else None
         if paged is not None and cuda_stack.takes(self, paged, lora):
-            return cuda_stack.run(self, tokens_BC, positions_BR, paged, num_masks, lora)
+            part = Part(tokens_BC, positions_BR, paged, num_masks)
+            return cuda_stack.run(self, [part], lora)[0]
         x_BRH = self._embed(tokens_BC, num_masks, adapter)
         cos_BR1D, sin_BR1D = self._rope(positions_BR, x_BRH.dtype)
         if paged is not None and cpu_stack.takes(x_BRH, paged, lora):
@@ -179,6 +196,23 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x_BRH = layer(x_BRH, cos_BR1D, sin_BR1D, attention, num_masks, lora)
         return self.norm(x_BRH)
+
+    def together(self, parts: Sequence[Part], adapter: Adapter | None) -> list[torch.Tensor]:
+        """`forward` of all ``parts``; as one where `cuda_stack.takes` them.
+
+        Within a layer all keys are there before anybody attends: rows of a part may go on where
+        others of it end.
+
+        Returns:
+            Of each part ``hidden_BRH``.
+        """
+        lora = adapter if any(part.num_masks for part in parts) else None
+        if all(cuda_stack.takes(self, part.attention, lora) for part in parts):
+            return cuda_stack.run(self, parts, lora)
+        return [
+            self(x.tokens_BC, x.positions_BR, x.attention, num_masks=x.num_masks, adapter=adapter)
+            for x in parts
+        ]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[..., H]`` to ``[..., V]``, in the dtype of ``hidden``; on CUDA not rounded, fp32."""

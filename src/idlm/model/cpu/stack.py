@@ -28,6 +28,7 @@ def takes(x_BRH: torch.Tensor, attention: PagedAttention, adapter: Adapter | Non
     return (
         cpu_kernels.usable(x_BRH)
         and attention.k_LNKTD.dtype is x_BRH.dtype
+        and attention.kept_BR is None
         and (adapter is None or adapter.frozen)
     )
 

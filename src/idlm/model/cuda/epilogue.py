@@ -15,8 +15,8 @@ import triton.language as tl
 
 from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.overlap import overlap, wait
-from idlm.model.cuda.projection import Heads
-from idlm.model.cuda.projection_kernel import block_of, shrink_of, squares_of
+from idlm.model.cuda.projection_kernel import shrink_of, squares_of
+from idlm.model.cuda.rotation import Heads
 from idlm.model.cuda.stream import Stream
 
 LEAST = 16  # outputs and ranks that the matrix units want
@@ -125,25 +125,19 @@ def rotate(
     N, O = made.y_NO.shape  # noqa: E741
     K, T, D = heads.k_NKTD.shape[1:]
     qkv_NO = stream.x_NH.new_empty(N, O)
-    rows = heads.rows
     _rotate[(triton.cdiv(N, PAIR_ROWS), O // D)](
         *made.terms,
         *_norm(stream),
         qkv_NO,
         heads.cos_ND,
         heads.sin_ND,
+        heads.cells_N,
         qkv_NO if q_norm_D is None else q_norm_D,
         qkv_NO if k_norm_D is None else k_norm_D,
         eps,
         heads.k_NKTD,
         heads.v_NKTD,
-        rows.table_BP,
-        rows.start_B,
-        rows.requests,
-        rows.clean,
-        rows.masks,
         *heads.k_NKTD.stride()[:3],
-        rows.table_BP.stride(0),
         **made.kind,
         **_norm_kind(stream),
         NORM=q_norm_D is not None,
@@ -314,7 +308,7 @@ def _gate(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit(do_not_specialize=["N", "first_mask", "parts", "requests", "clean", "masks"])
+@triton.jit(do_not_specialize=["N", "first_mask", "parts"])
 def _rotate(  # type: ignore[no-untyped-def]
     y_ptr,
     y_stride,
@@ -330,20 +324,15 @@ def _rotate(  # type: ignore[no-untyped-def]
     qkv_ptr,
     cos_ptr,
     sin_ptr,
+    cells_ptr,
     q_norm_ptr,
     k_norm_ptr,
     head_eps,
     k_cache_ptr,
     v_cache_ptr,
-    table_ptr,
-    start_ptr,
-    requests,
-    clean,
-    masks,
     cache_stride_n,
     cache_stride_h,
     cache_stride_t,
-    table_stride,
     BIAS: tl.constexpr,
     RANK: tl.constexpr,
     STEP: tl.constexpr,
@@ -432,10 +421,8 @@ def _rotate(  # type: ignore[no-untyped-def]
         x1 = y1
     out_ptr = qkv_ptr + rows[:, None] * ((Q + 2 * K) * D) + outputs[None, :]
     if head >= Q:
-        block, index = block_of(
-            rows, there, table_ptr, table_stride, start_ptr, requests, clean, masks, T
-        )
-        cell = block.to(tl.int64) * cache_stride_n + (index % T) * cache_stride_t
+        index = tl.load(cells_ptr + rows, mask=there, other=0)
+        cell = index // T * cache_stride_n + index % T * cache_stride_t
         cache_ptr = k_cache_ptr + (head - Q) * cache_stride_h
         if head >= Q + K:
             cache_ptr = v_cache_ptr + (head - Q - K) * cache_stride_h

@@ -7,13 +7,14 @@ log-sum-exp (flash-decoding).
 """
 
 # No deferred annotations here: Triton reads them.
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from idlm.model.cuda.overlap import overlap, wait
+from idlm.model.cuda.overlap import end_after, go_on, overlap, wait
 from idlm.model.cuda.rows import Rows
 
 PART_KEYS = 64  # in the shortest part
@@ -77,16 +78,17 @@ def attend(
     qkv_NW: torch.Tensor,
     k_NKTD: torch.Tensor,
     v_NKTD: torch.Tensor,
-    rows: Rows,
+    groups: Sequence[Rows],
     window: int | None = None,
 ) -> torch.Tensor:
     """Softmax attention of in-flight rows over committed keys and over each other.
 
-    Nothing waits for the device, and the launch depends on shapes only: it can be captured.
+    Nothing waits for the device, and the launches depend on shapes only: they can be captured.
 
     Args:
         qkv_NW: as `rotation.rotate_and_append` has left it; Q query heads share K KV heads.
         k_NKTD, v_NKTD: of the same dtype; the rows' own are there already.
+        groups: all rows; how the work is cut depends on the first of them.
         window: a row sees keys less than this many positions before it; None: all.
     Returns:
         ``[N, Q * D]``; 0 for a row that sees no key.
@@ -94,49 +96,53 @@ def attend(
     N, W = qkv_NW.shape
     K, T, D = k_NKTD.shape[1:]
     Q = W // D - 2 * K
-    G, R, B = Q // K, rows.clean + rows.masks, rows.requests
-    cut = cut_of(B * K, R * G, D, k_NKTD.itemsize)
-    tiles = triton.cdiv(R * G, cut.rows)
-    longest = triton.cdiv(rows.table_BP.shape[1] * T, PART_KEYS)
-    parts = max(1, min(MAX_PARTS, longest, triton.cdiv(cut.programs, B * K)))
+    G, texts = Q // K, groups[0].requests * K
+    cut = cut_of(texts, (groups[0].clean + groups[0].masks) * G, D, k_NKTD.itemsize)
+    longest = triton.cdiv(groups[0].table_BP.shape[1] * T, PART_KEYS)
+    parts = max(1, min(MAX_PARTS, longest, triton.cdiv(cut.programs, texts)))
     out_NX = torch.empty((N, Q * D), dtype=qkv_NW.dtype, device=qkv_NW.device)
     partial, worth = out_NX, out_NX
     if parts > 1:
         partial = torch.empty((parts, N, Q, D), dtype=torch.float32, device=qkv_NW.device)
         worth = torch.empty((parts, N, Q), dtype=torch.float32, device=qkv_NW.device)
-    _attend[(B * K, tiles, parts)](
-        qkv_NW,
-        k_NKTD,
-        v_NKTD,
-        rows.table_BP,
-        rows.start_B,
-        rows.positions_BR,
-        rows.visible_BRR.view(torch.uint8),
-        partial,
-        worth,
-        D**-0.5,
-        B,
-        rows.clean,
-        rows.masks,
-        parts,
-        *k_NKTD.stride()[:3],
-        rows.table_BP.stride(0),
-        rows.positions_BR.stride(0),
-        WINDOW=window or 0,
-        K=K,
-        G=G,
-        D=D,
-        DIM=max(16, triton.next_power_of_2(D)),
-        T=T,
-        ROWS=cut.rows,
-        KEYS=cut.keys,
-        SHORTEST=PART_KEYS,
-        REACH=REACH_KEYS,
-        SPLIT=parts > 1,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-        **overlap(),
-    )
+    for rows in groups:
+        tiles = triton.cdiv((rows.clean + rows.masks) * G, cut.rows)
+        _attend[(rows.requests * K, tiles, parts)](
+            qkv_NW,
+            k_NKTD,
+            v_NKTD,
+            rows.table_BP,
+            rows.start_B,
+            rows.positions_BR,
+            rows.visible_BRR.view(torch.uint8),
+            partial,
+            worth,
+            D**-0.5,
+            N,
+            rows.clean,
+            rows.masks,
+            rows.first_clean,
+            rows.first_mask,
+            parts,
+            *k_NKTD.stride()[:3],
+            rows.table_BP.stride(0),
+            rows.positions_BR.stride(0),
+            WINDOW=window or 0,
+            K=K,
+            G=G,
+            D=D,
+            DIM=max(16, triton.next_power_of_2(D)),
+            T=T,
+            ROWS=cut.rows,
+            KEYS=cut.keys,
+            SHORTEST=PART_KEYS,
+            REACH=REACH_KEYS,
+            SPLIT=parts > 1,
+            FIRST=rows is groups[0],
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+            **overlap(),
+        )
     if parts > 1:
         dim, slots = triton.next_power_of_2(D), triton.next_power_of_2(parts)
         together = max(1, MERGED_ROWS // slots)
@@ -157,12 +163,6 @@ def attend(
 
 
 @triton.jit
-def _flat(b, r, B, clean, masks):  # type: ignore[no-untyped-def]
-    """Flat index of row ``r`` of request ``b``."""
-    return tl.where(r < clean, b * clean + r, B * clean + b * masks + r - clean)
-
-
-@triton.jit
 def _gather(scores, v, top, total, out):  # type: ignore[no-untyped-def]
     """One step of the softmax: its highest score, its sum and the weighted sum of values so far."""
     higher = tl.maximum(top, tl.max(scores, 1))
@@ -175,7 +175,7 @@ def _gather(scores, v, top, total, out):  # type: ignore[no-untyped-def]
     return higher, total, out
 
 
-@triton.jit(do_not_specialize=["B", "clean", "masks", "parts"])
+@triton.jit(do_not_specialize=["N", "clean", "masks", "first_clean", "first_mask", "parts"])
 def _attend(  # type: ignore[no-untyped-def]
     qkv_ptr,
     k_cache_ptr,
@@ -187,9 +187,11 @@ def _attend(  # type: ignore[no-untyped-def]
     out_ptr,
     worth_ptr,
     scale,
-    B,
+    N,
     clean,
     masks,
+    first_clean,
+    first_mask,
     parts,
     cache_stride_n,
     cache_stride_h,
@@ -207,6 +209,7 @@ def _attend(  # type: ignore[no-untyped-def]
     SHORTEST: tl.constexpr,
     REACH: tl.constexpr,
     SPLIT: tl.constexpr,
+    FIRST: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One KV head of one request: a tile of packed rows over one part of the keys."""
@@ -218,7 +221,9 @@ def _attend(  # type: ignore[no-untyped-def]
     row = packed // G
     query_head = head * G + packed % G
     real_row = row < R
-    flat = _flat(b, tl.minimum(row, R - 1), B, clean, masks).to(tl.int64)
+    own = tl.minimum(row, R - 1)
+    flat_clean, flat_mask = first_clean + b * clean, first_mask + b * masks - clean
+    flat = (own + tl.where(own < clean, flat_clean, flat_mask)).to(tl.int64)
     dims = tl.arange(0, DIM)
     real_dim = dims < D
     # Lengths and tables were there before the launch that this one waits for.
@@ -237,7 +242,10 @@ def _attend(  # type: ignore[no-untyped-def]
     block = tl.load(table_row_ptr + coming // T, mask=coming < end, other=0)
     k_head_ptr = k_cache_ptr + head * cache_stride_h
     v_head_ptr = v_cache_ptr + head * cache_stride_h
-    wait(OVERLAP)
+    if FIRST:
+        wait(OVERLAP)
+    else:
+        go_on(OVERLAP)  # the group before this one began only when all keys were there
     q = tl.load(
         qkv_ptr + flat[:, None] * ((K * G + 2 * K) * D) + query_head[:, None] * D + dims[None, :],
         mask=real_row[:, None] & real_dim[None, :],
@@ -291,8 +299,8 @@ def _attend(  # type: ignore[no-untyped-def]
         )
         sees = (there & (flight < 0))[None, :] | (seen != 0)
         if WINDOW > 0:
-            own = tl.load(positions_ptr + b * positions_stride + flight, mask=ours, other=0)
-            key_position = tl.where(flight < 0, keys, own)
+            flown = tl.load(positions_ptr + b * positions_stride + flight, mask=ours, other=0)
+            key_position = tl.where(flight < 0, keys, flown)
             sees = sees & (position[:, None] - key_position[None, :] < WINDOW)
         scores = tl.dot(q, k, input_precision="ieee") * scale
         scores = tl.where(sees, scores, float("-inf"))
@@ -300,8 +308,7 @@ def _attend(  # type: ignore[no-untyped-def]
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
     place = flat * (K * G) + query_head
     if SPLIT:
-        rows_in_all = (B * R).to(tl.int64) * (K * G)
-        place += part * rows_in_all
+        place += part * N.to(tl.int64) * (K * G)
         # log-sum-exp of the part's scores: what its share is worth.
         positive = tl.where(total > 0.0, total, 1.0)
         worth = tl.where(total > 0.0, top + tl.log(positive), float("-inf"))
@@ -313,6 +320,8 @@ def _attend(  # type: ignore[no-untyped-def]
         out.to(out_ptr.dtype.element_ty),
         mask=real_row[:, None] & real_dim[None, :],
     )
+    if not FIRST:
+        end_after(OVERLAP)
 
 
 @triton.jit(do_not_specialize=["N", "parts"])

@@ -8,7 +8,6 @@ they belong, or the result is added to the residual stream.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -18,29 +17,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from idlm.model.cuda.low_rank import LowRank
 from idlm.model.cuda.overlap import overlap
 from idlm.model.cuda.projection_kernel import LINE, project_tile
-from idlm.model.cuda.rows import Rows
+from idlm.model.cuda.rotation import Heads
 from idlm.model.cuda.stream import Stream
 from idlm.model.cuda.tile import BOX_ROWS, Tile, tile_of, tiles_of
 
 # Weights that are brought into the L2 cache ahead; more of them would not stay there.
 FETCHED = 1 << 22
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Where the heads of queries, keys and values go, which are the outputs of a projection.
-
-    Attributes:
-        cos_ND, sin_ND: as `rotation.rotate_and_append` takes them.
-        k_NKTD, v_NKTD: the cache; it gets the keys, rotated, and the values.
-        rows: of the forward.
-    """
-
-    cos_ND: torch.Tensor
-    sin_ND: torch.Tensor
-    k_NKTD: torch.Tensor
-    v_NKTD: torch.Tensor
-    rows: Rows
 
 
 def project(
@@ -247,21 +229,10 @@ def _parts(N: int, low_rank: LowRank | None, first_mask: int) -> tuple[int, ...]
 def _places_of(heads: Heads | None, nothing: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
     """What the kernel is told of the heads."""
     if heads is None:
-        return (nothing,) * 6 + (0,) * 7
-    rows, k_NKTD = heads.rows, heads.k_NKTD
-    return (
-        heads.cos_ND,
-        heads.sin_ND,
-        k_NKTD,
-        heads.v_NKTD,
-        rows.table_BP,
-        rows.start_B,
-        rows.requests,
-        rows.clean,
-        rows.masks,
-        *k_NKTD.stride()[:3],
-        rows.table_BP.stride(0),
-    )
+        return (nothing,) * 5 + (0,) * 3
+    k_NKTD = heads.k_NKTD
+    places = heads.cos_ND, heads.sin_ND, heads.cells_N, k_NKTD, heads.v_NKTD
+    return *places, *k_NKTD.stride()[:3]
 
 
 @cache

@@ -94,28 +94,6 @@ def shrink_of(squares, eps, I: tl.constexpr):  # type: ignore[no-untyped-def] # 
     return (1.0 / tl.sqrt(mean + eps))[:, None]
 
 
-@triton.jit
-def block_of(  # type: ignore[no-untyped-def]
-    rows,
-    there,
-    table_ptr,
-    table_stride,
-    start_ptr,
-    requests,
-    clean,
-    masks,
-    T: tl.constexpr,
-):
-    """Blocks of the cache in which these flat rows stand, and their indices in the texts."""
-    clean_rows = requests * clean
-    b = tl.where(rows < clean_rows, rows // tl.maximum(clean, 1), 0)
-    b = tl.where(rows < clean_rows, b, (rows - clean_rows) // tl.maximum(masks, 1))
-    r = tl.where(rows < clean_rows, rows - b * clean, clean + rows - clean_rows - b * masks)
-    index = tl.load(start_ptr + b, mask=there, other=0) + r
-    block = tl.load(table_ptr + b * table_stride + index // T, mask=there, other=0)
-    return block, index
-
-
 @triton.jit(
     do_not_specialize=[
         "addend_stride",
@@ -123,9 +101,6 @@ def block_of(  # type: ignore[no-untyped-def]
         "first_mask",
         "makers",
         "parts",
-        "requests",
-        "clean",
-        "masks",
     ]
 )
 def project_tile(  # type: ignore[no-untyped-def]
@@ -155,17 +130,12 @@ def project_tile(  # type: ignore[no-untyped-def]
     mask_box,
     cos_ptr,
     sin_ptr,
+    cells_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    table_ptr,
-    start_ptr,
-    requests,
-    clean,
-    masks,
     cache_stride_n,
     cache_stride_h,
     cache_stride_t,
-    table_stride,
     BOXED: tl.constexpr,
     HEADS: tl.constexpr,
     Q: tl.constexpr,
@@ -267,9 +237,7 @@ def project_tile(  # type: ignore[no-untyped-def]
         cos = tl.load(cos_ptr + angle, mask=there[:, None], other=0.0)
         # Sines carry the sign of the first half.
         sin = tl.load(sin_ptr + angle + D // 2, mask=there[:, None], other=0.0)
-        block, index = block_of(
-            rows, there, table_ptr, table_stride, start_ptr, requests, clean, masks, T
-        )
+        index = tl.load(cells_ptr + place)
     if PARTS and PARTS <= EARLY_PARTS:
         squares = squares_of(squares_ptr, place, there, parts, PARTS)
     if BOXED:
@@ -361,7 +329,7 @@ def project_tile(  # type: ignore[no-untyped-def]
                 cache_ptr = k_cache_ptr + (head - Q) * cache_stride_h
                 if head >= Q + K:
                     cache_ptr = v_cache_ptr + (head - Q - K) * cache_stride_h
-                cell = block.to(tl.int64) * cache_stride_n + (index % T) * cache_stride_t
+                cell = index // T * cache_stride_n + index % T * cache_stride_t
                 out_ptr = cache_ptr + cell[:, None] + lane[None, :]
             tl.store(out_ptr + D // 2, second.to(y_ptr.dtype.element_ty), mask=written)
         tl.store(out_ptr, out.to(y_ptr.dtype.element_ty), mask=written)

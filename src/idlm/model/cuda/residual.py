@@ -12,8 +12,7 @@ import torch
 
 from idlm.model.cuda import epilogue, projection
 from idlm.model.cuda.low_rank import LowRank
-from idlm.model.cuda.projection import Heads
-from idlm.model.cuda.rotation import rotate_and_append
+from idlm.model.cuda.rotation import Heads, rotate_and_append
 from idlm.model.cuda.stream import begin
 from idlm.model.decoder import Layer, Linear, RMSNorm
 
@@ -84,15 +83,7 @@ class FusedResidual(Residual):
             heads=heads if at_once else None,
         )
         if not at_once:
-            rotate_and_append(
-                qkv_NW,
-                heads.cos_ND,
-                heads.sin_ND,
-                heads.k_NKTD,
-                heads.v_NKTD,
-                heads.rows,
-                *_head_norms(layer),
-            )
+            rotate_and_append(qkv_NW, heads, *_head_norms(layer))
         return qkv_NW
 
     def gated(self, linear: Linear, update: Update, ready_1: torch.Tensor) -> torch.Tensor:

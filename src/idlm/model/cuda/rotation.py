@@ -1,23 +1,36 @@
 """Triton kernel that rotates queries and keys and puts keys and values into the paged KV cache."""
 
 # No deferred annotations here: Triton reads them.
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from idlm.model.cuda.overlap import overlap, wait
-from idlm.model.cuda.rows import Rows
 
 HEADS = 16  # of one program
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Where the heads of queries, keys and values go.
+
+    Attributes:
+        cos_ND, sin_ND, cells_N: as in `rows.Flat`.
+        k_NKTD, v_NKTD: the cache, blocks of T tokens; it gets the keys, rotated, and the values.
+    """
+
+    cos_ND: torch.Tensor
+    sin_ND: torch.Tensor
+    cells_N: torch.Tensor
+    k_NKTD: torch.Tensor
+    v_NKTD: torch.Tensor
+
+
 def rotate_and_append(
     qkv_NW: torch.Tensor,
-    cos_ND: torch.Tensor,
-    sin_ND: torch.Tensor,
-    k_NKTD: torch.Tensor,
-    v_NKTD: torch.Tensor,
-    rows: Rows,
+    heads: Heads,
     q_norm_D: torch.Tensor | None = None,
     k_norm_D: torch.Tensor | None = None,
     eps: float = 0.0,
@@ -27,30 +40,23 @@ def rotate_and_append(
     Args:
         qkv_NW: the heads of queries, keys and values, ``[N, (Q + 2 K) * D]``, dense; the queries
             are overwritten.
-        cos_ND, sin_ND: as `decoder.rotate` takes them, for flat rows, dense.
-        k_NKTD, v_NKTD: blocks of T tokens.
     """
     N, W = qkv_NW.shape
+    k_NKTD, v_NKTD = heads.k_NKTD, heads.v_NKTD
     K, T, D = k_NKTD.shape[1:]
-    heads = W // D
-    _rotate_and_append[(N, triton.cdiv(heads, HEADS))](
+    _rotate_and_append[(N, triton.cdiv(W // D, HEADS))](
         qkv_NW,
-        cos_ND,
-        sin_ND,
+        heads.cos_ND,
+        heads.sin_ND,
+        heads.cells_N,
         qkv_NW if q_norm_D is None else q_norm_D,
         qkv_NW if k_norm_D is None else k_norm_D,
         k_NKTD,
         v_NKTD,
-        rows.table_BP,
-        rows.start_B,
-        rows.requests,
-        rows.clean,
-        rows.masks,
         eps,
         *k_NKTD.stride()[:3],
-        rows.table_BP.stride(0),
         NORM=q_norm_D is not None,
-        Q=heads - 2 * K,
+        Q=W // D - 2 * K,
         K=K,
         D=D,
         T=T,
@@ -61,25 +67,20 @@ def rotate_and_append(
     )
 
 
-@triton.jit(do_not_specialize=["B", "clean", "masks"])
+@triton.jit
 def _rotate_and_append(  # type: ignore[no-untyped-def]
     qkv_ptr,
     cos_ptr,
     sin_ptr,
+    cells_ptr,
     q_norm_ptr,
     k_norm_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    table_ptr,
-    start_ptr,
-    B,
-    clean,
-    masks,
     eps,
     cache_stride_n,
     cache_stride_h,
     cache_stride_t,
-    table_stride,
     NORM: tl.constexpr,
     Q: tl.constexpr,
     K: tl.constexpr,
@@ -119,15 +120,8 @@ def _rotate_and_append(  # type: ignore[no-untyped-def]
     y2 = tl.where(rotated, x2 * cos + x1 * sin, x2).to(kind)
     tl.store(first_ptr, y1, mask=real & (head < Q))
     tl.store(first_ptr + half, y2, mask=real & (head < Q))
-    first_mask = B * clean
-    b = tl.where(row < first_mask, row // tl.maximum(clean, 1), 0)
-    r = row - b * clean
-    if row >= first_mask:
-        b = (row - first_mask) // masks
-        r = clean + (row - first_mask) % masks
-    index = tl.load(start_ptr + b) + r
-    block = tl.load(table_ptr + b * table_stride + index // T).to(tl.int64)
-    cell = block * cache_stride_n + (index % T) * cache_stride_t + lane
+    index = tl.load(cells_ptr + row)
+    cell = index // T * cache_stride_n + index % T * cache_stride_t + lane
     k_cell_ptr = k_cache_ptr + cell + (head - Q) * cache_stride_h
     tl.store(k_cell_ptr, y1, mask=real & (head >= Q) & rotated)
     tl.store(k_cell_ptr + half, y2, mask=real & (head >= Q) & rotated)

@@ -1,6 +1,7 @@
 """The rows of a forward on CUDA, and Triton kernels that lay them out for the first layer."""
 
 # No deferred annotations here: Triton reads them.
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,9 @@ from idlm.model.cuda.overlap import overlap, wait
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a forward.
+    """Rows of some requests, as many of each, in a forward.
+
+    Flat, the clean rows of all that take part come first, then all mask rows.
 
     Attributes:
         requests, clean, masks: B, and rows of each request of either kind.
@@ -20,6 +23,7 @@ class Rows:
         start_B: committed tokens, int64; row ``r`` of request ``b`` is at index ``start_b + r``.
         positions_BR: positions of the rows, int64.
         visible_BRR: bool, dense; ``visible[b, r, c]``: row ``r`` sees in-flight row ``c``.
+        first_clean, first_mask: flat rows at which its own begin.
     """
 
     requests: int
@@ -29,32 +33,43 @@ class Rows:
     start_B: torch.Tensor
     positions_BR: torch.Tensor
     visible_BRR: torch.Tensor
+    first_clean: int
+    first_mask: int
 
     @property
-    def first_mask(self) -> int:
-        """Clean rows of all requests together: where the mask rows begin."""
-        return self.requests * self.clean
+    def last_clean(self) -> int:
+        """Where its clean rows end."""
+        return self.first_clean + self.requests * self.clean
 
     @property
-    def _in_order(self) -> bool:
-        """Whether flat rows lie as those of the requests do."""
-        return self.requests == 1 or self.masks == 0 or self.clean == 0
-
-    def flat(self, x_BRX: torch.Tensor) -> torch.Tensor:
-        """``[B, R, ...]`` to ``[N, ...]``, the clean rows first."""
-        if self._in_order:
-            return x_BRX.flatten(0, 1).contiguous()
-        return torch.cat(
-            (x_BRX[:, : self.clean].flatten(0, 1), x_BRX[:, self.clean :].flatten(0, 1))
-        )
+    def last_mask(self) -> int:
+        """Where its mask rows end."""
+        return self.first_mask + self.requests * self.masks
 
     def unflat(self, x_NX: torch.Tensor) -> torch.Tensor:
-        """``[N, ...]`` to ``[B, R, ...]``."""
-        if self._in_order:
-            return x_NX.unflatten(0, (self.requests, -1))
-        clean, masks = x_NX[: self.first_mask], x_NX[self.first_mask :]
-        parts = [(clean, self.clean), (masks, self.masks)]
-        return torch.cat([x.unflatten(0, (self.requests, n)) for x, n in parts], dim=1)
+        """Its rows of ``[N, ...]`` as ``[B, R, ...]``."""
+        clean = x_NX[self.first_clean : self.last_clean]
+        masks = x_NX[self.first_mask : self.last_mask]
+        own = [x.unflatten(0, (self.requests, -1)) for x in (clean, masks) if len(x)]
+        if self.requests == 1 and len(own) == 2 and self.last_clean == self.first_mask:
+            return x_NX[self.first_clean : self.last_mask][None]
+        return own[0] if len(own) == 1 else torch.cat(own, dim=1)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """What the first layer begins with, of flat rows.
+
+    Attributes:
+        x_NH: embeddings.
+        cos_ND, sin_ND: as `decoder.rotate` takes them.
+        cells_N: where keys and values go, int64: at ``cell % T`` of block ``cell // T``.
+    """
+
+    x_NH: torch.Tensor
+    cos_ND: torch.Tensor
+    sin_ND: torch.Tensor
+    cells_N: torch.Tensor
 
 
 def arrange(
@@ -96,47 +111,60 @@ def arrange(
 
 
 def enter(
-    tokens_BC: torch.Tensor,
-    positions_BR: torch.Tensor,
+    parts: Sequence[tuple[Rows, torch.Tensor, torch.Tensor | None]],
     embedding_VH: torch.Tensor,
     mask_H: torch.Tensor,
     inv_freq_F: torch.Tensor,
     rope_factor: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings ``[N, H]`` and `rotate`'s cos and sin, ``[N, D]``, of flat rows (`Rows.flat`).
+    block_tokens: int,
+) -> Flat:
+    """The rows of all ``parts`` on their way into the first layer.
 
     Args:
-        tokens_BC: ids of the clean rows, int64; the rows after those are masks. Rows dense.
-        positions_BR: int64, dense.
+        parts: of each its rows, the ids ``tokens_BC`` of the clean ones (int64, rows dense), and
+            ``kept_BR`` of `PagedAttention`, dense.
         embedding_VH, mask_H: of one dtype, in which all is returned.
         inv_freq_F: frequencies of the ``F = D / 2`` rotated pairs, fp32.
         rope_factor: what cos and sin are multiplied by.
+        block_tokens: T.
     """
-    (B, R), C = positions_BR.shape, tokens_BC.shape[1]
+    N = sum(rows.requests * (rows.clean + rows.masks) for rows, _, _ in parts)
     H, F = embedding_VH.shape[1], len(inv_freq_F)
-    x_NH = embedding_VH.new_empty(B * R, H)
-    cos_ND, sin_ND = embedding_VH.new_empty(2, B * R, 2 * F)
-    _enter[(B * R,)](
-        tokens_BC,
-        tokens_BC.stride(0),
-        positions_BR,
-        embedding_VH,
-        mask_H,
-        inv_freq_F,
-        rope_factor,
-        x_NH,
-        cos_ND,
-        sin_ND,
-        B,
-        C,
-        R - C,
-        H=H,
-        F=F,
-        WIDTH=triton.next_power_of_2(H),
-        PAIRS=triton.next_power_of_2(F),
-        **overlap(),
-    )
-    return x_NH, cos_ND, sin_ND
+    x_NH = embedding_VH.new_empty(N, H)
+    cos_ND, sin_ND = embedding_VH.new_empty(2, N, 2 * F)
+    cells_N = torch.empty(N, dtype=torch.int64, device=x_NH.device)
+    for rows, tokens_BC, kept_BR in parts:
+        _enter[(rows.requests * (rows.clean + rows.masks),)](
+            tokens_BC,
+            tokens_BC.stride(0),
+            rows.positions_BR,
+            rows.positions_BR.stride(0),
+            rows.table_BP,
+            rows.table_BP.stride(0),
+            rows.start_B,
+            rows.start_B if kept_BR is None else kept_BR.view(torch.uint8),
+            embedding_VH,
+            mask_H,
+            inv_freq_F,
+            rope_factor,
+            x_NH,
+            cos_ND,
+            sin_ND,
+            cells_N,
+            rows.requests,
+            rows.clean,
+            rows.masks,
+            rows.first_clean,
+            rows.first_mask,
+            ALL=kept_BR is None,
+            T=block_tokens,
+            H=H,
+            F=F,
+            WIDTH=triton.next_power_of_2(H),
+            PAIRS=triton.next_power_of_2(F),
+            **overlap(),
+        )
+    return Flat(x_NH, cos_ND, sin_ND, cells_N)
 
 
 @triton.jit(do_not_specialize=["drafts_stride"])
@@ -173,11 +201,16 @@ def _arrange(  # type: ignore[no-untyped-def]
     tl.store(visible_out_ptr + b * (R * R) + pair, sees, mask=pair < R * R)
 
 
-@triton.jit(do_not_specialize=["tokens_stride", "B", "clean", "masks"])
+@triton.jit(do_not_specialize=["tokens_stride", "B", "clean", "masks", "first_clean", "first_mask"])
 def _enter(  # type: ignore[no-untyped-def]
     tokens_ptr,
     tokens_stride,
     positions_ptr,
+    positions_stride,
+    table_ptr,
+    table_stride,
+    start_ptr,
+    kept_ptr,
     embedding_ptr,
     mask_ptr,
     inv_freq_ptr,
@@ -185,9 +218,14 @@ def _enter(  # type: ignore[no-untyped-def]
     x_ptr,
     cos_ptr,
     sin_ptr,
+    cells_ptr,
     B,
     clean,
     masks,
+    first_clean,
+    first_mask,
+    ALL: tl.constexpr,
+    T: tl.constexpr,
     H: tl.constexpr,
     F: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -196,22 +234,29 @@ def _enter(  # type: ignore[no-untyped-def]
 ):
     """One row."""
     wait(OVERLAP)
-    row = tl.program_id(0)
+    own = tl.program_id(0)
     lane = tl.arange(0, WIDTH)
     kind = x_ptr.dtype.element_ty
+    is_clean = own < B * clean
+    n = tl.where(is_clean, own, own - B * clean)
+    each = tl.where(is_clean, clean, masks)
+    b = n // each
+    r = n % each + tl.where(is_clean, 0, clean)
+    row = n + tl.where(is_clean, first_clean, first_mask)
     x_row_ptr = x_ptr + row.to(tl.int64) * H + lane
-    if row < B * clean:
-        b = row // clean
-        r = row % clean
+    if is_clean:
         token = tl.load(tokens_ptr + b * tokens_stride + r)
         x = tl.load(embedding_ptr + token * H + lane, mask=lane < H, other=0.0)
         tl.store(x_row_ptr, x, mask=lane < H)
     else:
-        b = (row - B * clean) // masks
-        r = clean + (row - B * clean) % masks
         x = tl.load(mask_ptr + lane, mask=lane < H, other=0.0)
         tl.store(x_row_ptr, x.to(kind), mask=lane < H)
-    position = tl.load(positions_ptr + b * (clean + masks) + r).to(tl.float32)
+    index = tl.load(start_ptr + b) + r
+    block = tl.load(table_ptr + b * table_stride + index // T).to(tl.int64)
+    if not ALL:
+        block = tl.where(tl.load(kept_ptr + b * (clean + masks) + r) != 0, block, 0)
+    tl.store(cells_ptr + row, block * T + index % T)
+    position = tl.load(positions_ptr + b * positions_stride + r).to(tl.float32)
     pair = tl.arange(0, PAIRS)
     angle = position * tl.load(inv_freq_ptr + pair, mask=pair < F, other=0.0)
     cos, sin = tl.cos(angle) * rope_factor, tl.sin(angle) * rope_factor

@@ -21,10 +21,13 @@ from torch import nn
 from idlm.model.cuda.low_rank import LowRank, stack, stacked
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from idlm.model.adapter import Adapter, LoraLinear
     from idlm.model.attention import PagedAttention
     from idlm.model.config import ModelConfig
-    from idlm.model.decoder import Decoder, Layer, Linear
+    from idlm.model.cuda.rows import Rows
+    from idlm.model.decoder import Decoder, Layer, Linear, Part
 
 # Up to so many rows of all requests the weights' bytes are what a product costs, and the fused
 # kernel reads them as fast as it goes; above, the library's product is faster, unless the weights
@@ -65,63 +68,72 @@ def takes(decoder: Decoder, attention: PagedAttention, adapter: Adapter | None) 
     )
 
 
-def run(
-    decoder: Decoder,
-    tokens_BC: torch.Tensor,
-    positions_BR: torch.Tensor,
-    attention: PagedAttention,
-    num_masks: int,
-    adapter: Adapter | None,
-) -> torch.Tensor:
-    """`Decoder.forward`, whose arguments these are; the cache gets the rows' keys and values.
+def run(decoder: Decoder, parts: Sequence[Part], adapter: Adapter | None) -> list[torch.Tensor]:
+    """`Decoder.together`; the cache gets the rows' keys and values.
 
     Returns:
-        ``hidden_BRH``.
+        Of each part ``hidden_BRH``.
     """
     # Not at the top: there may be no Triton here.
     from idlm.model.cuda.paged_attention import attend
-    from idlm.model.cuda.projection import Heads
     from idlm.model.cuda.residual import FusedResidual, LibraryResidual
-    from idlm.model.cuda.rows import Rows, enter
+    from idlm.model.cuda.rotation import Heads
+    from idlm.model.cuda.rows import enter
 
-    B, R = positions_BR.shape
-    rows = Rows(
-        requests=B,
-        clean=R - num_masks,
-        masks=num_masks,
-        table_BP=attention.table_BP,
-        start_B=attention.start_B,
-        positions_BR=attention.positions_BR,
-        visible_BRR=attention.visible_BRR.contiguous(),
-    )
-    embedding_VH = decoder.embed.weight
-    x_NH, cos_ND, sin_ND = enter(
-        tokens_BC,
-        positions_BR.contiguous(),
+    groups = _groups(parts)
+    embedding_VH, attention = decoder.embed.weight, parts[0].attention
+    flat = enter(
+        [(rows, x.tokens_BC, x.attention.kept_BR) for rows, x in zip(groups, parts, strict=True)],
         embedding_VH,
-        decoder.mask_embedding(adapter) if num_masks else embedding_VH[0],
-        decoder.frequencies(positions_BR.device),
+        decoder.mask_embedding(adapter) if any(x.num_masks for x in parts) else embedding_VH[0],
+        decoder.frequencies(embedding_VH.device),
         decoder.rope_factor,
+        attention.k_LNKTD.shape[3],
     )
     layers: list[Layer] = list(decoder.layers)  # type: ignore[arg-type]
     small = is_small(decoder.config)
     updates = [{}] * len(layers) if adapter is None else _updates(decoder, adapter, merge=small)
-    kind = FusedResidual if small or len(x_NH) <= FUSED_ROWS else LibraryResidual
+    kind = FusedResidual if small or len(flat.x_NH) <= FUSED_ROWS else LibraryResidual
     # Filled by a kernel: what is set up early has to follow one.
-    ready_L41 = torch.full((len(layers), 4, 1), 0, dtype=torch.int32, device=x_NH.device)
-    residual = kind(x_NH, layers[0].attn_norm)
+    ready_L41 = torch.full((len(layers), 4, 1), 0, dtype=torch.int32, device=flat.x_NH.device)
+    residual = kind(flat.x_NH, layers[0].attn_norm)
     for layer, update, ready in zip(layers, updates, ready_L41.unbind(), strict=True):
         k_NKTD, v_NKTD = attention.k_LNKTD[layer.index], attention.v_LNKTD[layer.index]
-        low_rank = {name: (update.get(name), rows.first_mask) for name in PROJECTIONS}
-        heads = Heads(cos_ND, sin_ND, k_NKTD, v_NKTD, rows)
+        low_rank = {name: (update.get(name), groups[0].first_mask) for name in PROJECTIONS}
+        heads = Heads(flat.cos_ND, flat.sin_ND, flat.cells_N, k_NKTD, v_NKTD)
         qkv_NW = residual.rotated(layer, low_rank["qkv"], ready[0], heads)
-        attended_NX = attend(qkv_NW, k_NKTD, v_NKTD, rows, attention.window)
+        attended_NX = attend(qkv_NW, k_NKTD, v_NKTD, groups, attention.window)
         residual.add(attended_NX, layer.o, low_rank["o"], ready[1], layer.mlp_norm)
         inner_NI = residual.gated(layer.gate_up, low_rank["gate_up"], ready[2])
         last = layer is layers[-1]
         norm = decoder.norm if last else layers[layer.index + 1].attn_norm
         residual.add(inner_NI, layer.down, low_rank["down"], ready[3], norm)
-    return rows.unflat(residual.normed())
+    hidden_NH = residual.normed()
+    return [rows.unflat(hidden_NH) for rows in groups]
+
+
+def _groups(parts: Sequence[Part]) -> list[Rows]:
+    """The rows of each part: flat, the clean rows of all come before all masks."""
+    from idlm.model.cuda.rows import Rows
+
+    groups: list[Rows] = []
+    first_clean, first_mask = 0, sum(x.tokens_BC.numel() for x in parts)
+    for part in parts:
+        attention = part.attention
+        rows = Rows(
+            requests=len(part.tokens_BC),
+            clean=part.tokens_BC.shape[1],
+            masks=part.num_masks,
+            table_BP=attention.table_BP,
+            start_B=attention.start_B,
+            positions_BR=part.positions_BR.contiguous(),
+            visible_BRR=attention.visible_BRR.contiguous(),
+            first_clean=first_clean,
+            first_mask=first_mask,
+        )
+        groups.append(rows)
+        first_clean, first_mask = rows.last_clean, rows.last_mask
+    return groups
 
 
 def is_small(config: ModelConfig) -> bool:
