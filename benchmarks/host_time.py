@@ -70,12 +70,16 @@ class MadeUpGraphs(Graphs):
         self._layout, self.launches = method.layout, self.launches + 1
         return super().decode(method, *inputs)
 
+    def decode_with(self, method: Any, *inputs: Any) -> tuple[Launch, Launch]:
+        self._layout, self.launches = method.layout, self.launches + 1
+        return super().decode_with(method, *inputs)
+
     def prefill(self, method: Any, *inputs: Any) -> Launch:
         self._layout = Layout.named("ar", 1)
         return super().prefill(method, *inputs)
 
-    def _captured(self, run: Callable[[], Any], inputs: Any) -> Any:
-        return MadeUpGraph(len(inputs.table_BP), self._layout)
+    def _captured(self, run: Callable[[], Any], *inputs: Any) -> Any:
+        return MadeUpGraph(sum(own.size for own in inputs), self._layout)
 
 
 def engine_of(llm: LLM, plan: str, requests: int) -> tuple[Engine, MadeUpGraphs]:

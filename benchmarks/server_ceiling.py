@@ -86,9 +86,9 @@ def with_device(llm: LLM) -> Engine:
     graphs = MadeUpGraphs(llm._cache, llm.device, BLOCKS, PLACES, 1, vocab_size)
     capture = graphs._captured
 
-    def captured(run: Any, inputs: Any) -> MadeUpGraph:
-        graph: MadeUpGraph = capture(run, inputs)
-        graph.seconds = seconds_of(len(inputs.table_BP))
+    def captured(run: Any, *inputs: Any) -> MadeUpGraph:
+        graph: MadeUpGraph = capture(run, *inputs)
+        graph.seconds = seconds_of(inputs[0].size)
         return graph
 
     graphs._captured = captured  # type: ignore[method-assign]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -262,10 +263,12 @@ def test_what_the_host_takes_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A device on which drafts cost nothing is of no use if the host cannot keep up."""
     now, launch = [0.0], Batch.launch
 
-    def launched(batch: Batch, method: Method) -> Launch:
+    def launched(batch: Batch, *given: Any) -> tuple[Launch, Launch | None]:
+        method: Method = given[0]
         drafts = method.layout.num_masks > 0
         now[0] += 2e-3 if drafts else 1e-3
-        return replace(launch(batch, method), seconds=0.5e-3 if drafts else 1e-3)
+        cycle, begun = launch(batch, *given)
+        return replace(cycle, seconds=0.5e-3 if drafts else 1e-3), begun
 
     monkeypatch.setattr(Batch, "launch", launched)
     monkeypatch.setattr("idlm.engine.engine.time.perf_counter", lambda: now[0])

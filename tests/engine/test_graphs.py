@@ -5,7 +5,7 @@ On a GPU they are captured graphs; elsewhere, a replay runs the cycle again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from idlm.decoding.policy import Policy, plans
 from idlm.decoding.propose import num_candidates
 from idlm.engine.commit import Launch
 from idlm.engine.engine import GATHER, GATHER_STEPS, Engine
-from idlm.engine.graphs import CaptureError, Graphs
+from idlm.engine.graphs import CaptureError, Graphs, go_on
 from idlm.engine.inputs import Inputs
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.texts import Texts
@@ -54,11 +54,11 @@ class Again:
     """In place of a graph: what it would do, done again."""
 
     def __init__(
-        self, run: Callable[[], Outcome], inputs: Inputs | Texts, stride: int, rows: int
+        self, run: Callable[[], Outcome], inputs: Sequence[Inputs | Texts], stride: int, rows: int
     ) -> None:
         self.graph, self._run, self._inputs, self.seconds = self, run, inputs, 1.0
         self.rows, self._stride = rows, stride
-        requests = len(inputs.table_BP)
+        requests = sum(own.size for own in inputs)
         self.packed_BX = torch.zeros(requests, 2 * stride + 1, dtype=torch.int64, device=DEVICE)
 
     def replay(self) -> None:
@@ -67,7 +67,7 @@ class Again:
         given, N = outcome.tokens_BN.shape[1], self._stride
         self.packed_BX[:, :given] = outcome.packed_BX[:, :given]
         self.packed_BX[:, N : N + given + 1] = outcome.packed_BX[:, given:]
-        self._inputs.go_on(outcome.state)
+        go_on(self._inputs, outcome.state)
 
     def landed(self, launch: Launch) -> Launch:
         return launch
@@ -80,13 +80,17 @@ class UncapturedGraphs(Graphs):
         self._layout = method.layout
         return super().decode(method, *inputs)
 
+    def decode_with(self, method: Method, *inputs: Any) -> tuple[Launch, Launch]:
+        self._layout = method.layout
+        return super().decode_with(method, *inputs)
+
     def prefill(self, method: Method, *inputs: Any) -> Launch:
         self._layout = Layout.named("ar", 1)
         return super().prefill(method, *inputs)
 
-    def _captured(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> Any:
+    def _captured(self, run: Callable[[], Outcome], *inputs: Inputs | Texts) -> Any:
         again = Again(run, inputs, self._layout.stride, self._layout.num_rows)
-        if isinstance(inputs, Texts):
+        if isinstance(inputs[0], Texts):
             again.seconds = self.prompt_seconds
         return again
 
@@ -222,8 +226,8 @@ def test_prompts_that_take_less_than_a_cycle_are_not_waited_for(
         for _ in range(4):
             engine.step()
         others = [
-            engine.add([5 + i] * 4, SamplingParams(seed=i, max_tokens=20, **params))
-            for i, params in enumerate(kinds * 2)
+            engine.add([5 + i] * 140, SamplingParams(seed=i, max_tokens=20, **params))
+            for i, params in enumerate(kinds)
         ]
         steps.append(0)
         while others[-1] not in engine._batch.requests:
@@ -233,6 +237,42 @@ def test_prompts_that_take_less_than_a_cycle_are_not_waited_for(
             engine.step()
         tokens.append([request.token_ids for request in (first, *others)])
     assert tokens[0] == tokens[1] and steps[1] == steps[0] - 1
+
+
+@pytest.mark.parametrize("lengths", [[3], [16, 17, 33], [128], [60, 60, 60], [9] * 11])
+@pytest.mark.parametrize(("layout", "stride"), [("ar", 1), ("linear", 3), ("quadratic", 4)])
+def test_cycles_take_prompts_along(
+    llm: LLM,
+    model: Any,
+    layout: str,
+    stride: int,
+    lengths: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many as there is room for in one cycle; who comes decodes in the next."""
+    cases = [
+        ([5 + i] * (n - 1) + [40 + i], SamplingParams(seed=i, max_tokens=20, temperature=0.8))
+        for i, n in enumerate([5, *lengths])
+    ]
+    alone = engine_of(llm, model, layout, stride, "coupled", ahead=False, max_batch=1)
+    alone._runner._graphs = None
+    expected = run_in_turn(alone, cases, 1000)
+    monkeypatch.setattr("idlm.engine.engine.GATHER_STEPS", 0)
+    engine = engine_of(llm, model, layout, stride, "coupled")
+    requests = [engine.add(*cases[0])]
+    for _ in range(4):
+        engine.step()
+    monkeypatch.setattr(engine._runner, "prefill", None)
+    requests += [engine.add(*case) for case in cases[1:]]
+    rows, cycles = [-(-n // 16) for n in lengths], 1
+    while len(engine._batch.requests) < len(requests):
+        engine.step()
+        cycles += 1
+    assert cycles == 2 + -(-sum(rows) // 8)
+    while engine.busy:
+        engine.step()
+    assert [request.token_ids for request in requests] == expected
+    assert engine.stats.kv_tokens == 0
 
 
 @pytest.mark.parametrize("kinds", [PARAMS[:3], PARAMS])

@@ -70,6 +70,16 @@ class State:
             _cat([s.prompt_BV for s in states], states),
         )
 
+    def part(self, first: int, end: int) -> State:
+        """Views of the requests from ``first`` up to ``end``."""
+        return State(
+            self.pending_B[first:end],
+            self.length_B[first:end],
+            self.drafts.part(first, end),
+            None if self.counts_BV is None else self.counts_BV[first:end],
+            None if self.prompt_BV is None else self.prompt_BV[first:end],
+        )
+
     def select(self, rows: torch.Tensor) -> State:
         """The requests at ``rows`` (int64)."""
         return State(

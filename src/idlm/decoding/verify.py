@@ -83,6 +83,15 @@ class Drafts:
             ids_BMK, probs_BMK = F.pad(ids_BMK, more), F.pad(probs_BMK, more)
         return Drafts(tokens_BM, ids_BMK, probs_BMK, count_B)
 
+    def part(self, first: int, end: int) -> Drafts:
+        """Views of the requests from ``first`` up to ``end``."""
+        return Drafts(
+            self.tokens_BM[first:end],
+            self.ids_BMK[first:end],
+            self.probs_BMK[first:end],
+            self.count_B[first:end],
+        )
+
     def select(self, rows: torch.Tensor) -> Drafts:
         """The requests at ``rows`` (int64)."""
         return Drafts(

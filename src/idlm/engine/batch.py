@@ -10,7 +10,7 @@ from idlm.decoding.cycle import Method, State
 from idlm.decoding.sampling import Sampling, kind_of
 from idlm.engine.commit import Launch
 from idlm.engine.inputs import Seats
-from idlm.engine.kind import SlabState
+from idlm.engine.kind import FOR_EVERY_TOKEN, SlabState
 from idlm.engine.request import Place, Request
 from idlm.engine.runner import Runner
 from idlm.engine.table import Table
@@ -96,30 +96,50 @@ class Batch:
             seats.leave(ended)
         return True
 
-    def launch(self, method: Method) -> Launch:
-        """Begin one forward of all; the batch goes on from what it will bring."""
+    def takes_along(self, request: Request) -> bool:
+        """Whether the prompt of ``request`` could be part of a forward of all."""
+        if self.by_hand or request.by_hand or not (self.requests and self._runner.captures):
+            return False
+        wants = kind_of(r.params for r in self.requests)
+        return wants.isdisjoint(FOR_EVERY_TOKEN) and request.params.wants <= wants
+
+    def launch(self, method: Method, along: Sequence[Request] = ()) -> tuple[Launch, Launch | None]:
+        """Begin one forward of all; the batch goes on from what it will bring.
+
+        Args:
+            along: those whose prompts are to be part of it (`takes_along`).
+        Returns:
+            The forward, and what it brings to those, or None: they are not part of it.
+        """
         assert self._state is not None
         if self._table is None:
             self._table = Table(self.requests, self._runner.pool)
-        launch = None if self.by_hand else self._replay(method, self._table, self._state)
-        if launch is None:
+        found = None if self.by_hand else self._replay(method, self._table, self._state, along)
+        if found is None:
             if self._sampling is None:
                 self._sampling = self._runner.sampling(self.requests, self._state)
             given = self.requests, self._table, self._state, self._sampling
-            launch = self._runner.decode(method, *given)
+            found = self._runner.decode(method, *given), None
             self._seats = None  # the state lies somewhere else from now on
             # Where the device counts on; what the host may know is a forward behind.
-            self._sampling.counts_BV = launch.state.counts_BV
-        self._state = launch.state
-        return launch
+            self._sampling.counts_BV = found[0].state.counts_BV
+        self._state = found[0].state
+        return found
 
-    def _replay(self, method: Method, table: Table, state: State) -> Launch | None:
+    def _replay(
+        self, method: Method, table: Table, state: State, along: Sequence[Request]
+    ) -> tuple[Launch, Launch | None] | None:
         """By a graph, if there are any."""
         if self._seats is None or not self._seats.taken:
             self._seats = self._runner.seat(self.requests, table, state)
         elif (moved := table.moved()) is not None:
             self._seats.grow(moved)
-        return None if self._seats is None else self._runner.replay(method, self._seats)
+        if self._seats is None:
+            return None
+        if along:
+            return self._runner.replay_with(method, self._seats, along)
+        launch = self._runner.replay(method, self._seats)
+        return None if launch is None else (launch, None)
 
     def alone(self) -> list[Batch]:
         """Batches of one request each, in the same states, after a forward that failed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,12 @@ class Launch:
     logits_BNV: torch.Tensor | None
     seconds: float | None = None
     host_BX: npt.NDArray[np.int64] | None = None
+
+    def part(self, first: int, end: int, state: State, rows: int) -> Launch:
+        """What it brings to the requests from ``first`` up to ``end``, who go on from ``state``."""
+        host_BX = None if self.host_BX is None else self.host_BX[first:end]
+        packed_BX = self.packed_BX[first:end]
+        return replace(self, state=state, packed_BX=packed_BX, rows=rows, host_BX=host_BX)
 
 
 class Landing:

@@ -18,10 +18,10 @@ from idlm.decoding.params import SamplingParams
 from idlm.decoding.policy import Policy
 from idlm.engine.batch import Batch
 from idlm.engine.check import check_request
-from idlm.engine.commit import Commit
+from idlm.engine.commit import Commit, Launch
 from idlm.engine.flights import MOST_HOST, Flights
 from idlm.engine.grammar import grammars_of
-from idlm.engine.graphs import text_requests, text_size
+from idlm.engine.graphs import ALONG_ROWS, LEAST_TEXT, text_requests, text_size
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.news import News
 from idlm.engine.request import Place, Request
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 # A forward for prompts costs about what one for the others does: with requests of some 100 tokens
 # this many cost about as much by waiting as they save. More than so many save nothing more.
 GATHER, GATHER_STEPS, ENOUGH = 8, 16, 8
+GATHER_ALONG = 16  # in place of `GATHER` where a cycle takes them along: that costs less
 # Tokens that requests get blocks for at a time: a GPU has to be told of new ones.
 AT_ONCE = 128
 AHEAD = 2  # forwards that are launched before the tokens of the last one are read, at most
@@ -96,6 +97,7 @@ class Engine:
         self._batch = Batch(self._runner)
         self._arriving: set[Request] = set()  # whose prompts run beside the others' cycles
         self._arriving_seconds = 0.0  # that all these prompts take
+        self._along = False  # whether a cycle took the last prompts along
         self._flights = Flights(device, max_batch * (2 * stride + 1))
         self._news: News | None = None  # of the last forwards read, which may not be handed out
 
@@ -225,12 +227,13 @@ class Engine:
         if self._scheduler.prefilling:
             self._beside.mark()
         by_hand = self._batch.by_hand
+        left: Sequence[Request] = self._taken_along()
         if not self._batch.idle:
-            self._decode(self._batch)
+            left = self._decode(self._batch, left)
             moved = True
-        if self._scheduler.prefilling:
+        if left or self._runs_texts():
             with self._beside.prompts():
-                texts = self._run_texts()
+                texts = self._run_texts(left)
             by_hand = by_hand or any(request.by_hand for request in texts)
         self._read(all=by_hand or not self._ahead)
         if not (self._scheduler.running or self._scheduler.prefilling):
@@ -263,39 +266,83 @@ class Engine:
         running = len(self._scheduler.running)
         could = min(len(self._scheduler.waiting), self.max_batch - running)
         self._gathering = self._gathering + 1 if could > 0 else 0
-        few = could < min(running / GATHER, ENOUGH)
+        few = could < min(running / (GATHER_ALONG if self._along else GATHER), ENOUGH)
         if self._ahead and few and self._gathering <= GATHER_STEPS:
             return False
         self._gathering = 0
         return True
 
-    def _decode(self, batch: Batch) -> None:
+    def _taken_along(self) -> list[Request]:
+        """Prompts that the next cycle takes along; their requests run from then on."""
+        along = list[Request]()
+        rows = 0
+        while (request := self._scheduler.prefilling) and self._goes_along(request):
+            rows += _rows(request)
+            if rows > min(ALONG_ROWS, self.chunk // LEAST_TEXT):
+                break
+            self._scheduler.prefilled(request)
+            along.append(request)
+            self._scheduler.admit()
+        self._along = bool(along) or self._along
+        return along
+
+    def _goes_along(self, request: Request) -> bool:
+        """Whether a cycle can take the prompt of ``request`` along: now, or the next one."""
+        fresh = not (request.scoring or request.token_ids)
+        few = _rows(request) <= min(ALONG_ROWS, self.chunk // LEAST_TEXT)
+        return fresh and few and not self._batch.idle and self._batch.takes_along(request)
+
+    def _runs_texts(self) -> bool:
+        """Whether a prompt has to run by itself."""
+        request = self._scheduler.prefilling
+        return request is not None and not self._goes_along(request)
+
+    def _decode(self, batch: Batch, along: Sequence[Request] = ()) -> Sequence[Request]:
+        """A forward of ``batch``; who of ``along`` was not part of it."""
         requests = batch.requests
         try:
-            self._launch(batch)
+            return self._launch(batch, along)
         except Exception as error:
             self._failed_forwards += 1
             self._beside.mark()  # nothing runs beside what is left of it
             self._read_all()  # what came before it counts
             if len(requests) == 1:
                 self._fail(requests[0], error)
-                return
+                return along
             logger.warning("A forward of %d requests failed; each is tried alone.", len(requests))
             batches = [alone for alone in batch.alone() if not alone.requests[0].finished]
             for alone in batches:
                 self._decode(alone)
                 alone.keep()
             batch.join(batches)
+            return along
 
-    def _launch(self, batch: Batch) -> None:
-        """Begin a forward of ``batch``, by the plan that is best for it."""
-        if self._policy is None:
-            self._flights.add(batch.requests, batch.launch(self.method), first=False)
-            return
-        size = len(batch.requests)
-        plan, start = self._policy.choose(size), time.perf_counter()
-        launch = batch.launch(self._method_of[plan])
+    def _launch(self, batch: Batch, along: Sequence[Request]) -> Sequence[Request]:
+        """Begin a forward of ``batch``, by the plan that is best for it; see `_decode`."""
+        size, method = len(batch.requests), self.method
+        if self._policy is not None:
+            method = self._method_of[self._policy.choose(size)]
+        if along:
+            self._beside.join()  # these may share blocks with prompts that still run
+        start = time.perf_counter()
+        launch, begun = batch.launch(method, along)
+        if begun is not None:
+            self._begin_answers(along, begun)
+            self._beside.mark()  # others may share their blocks
+            along = ()
         self._flights.add(batch.requests, launch, first=False)
+        if self._policy is not None:
+            self._note_cost(size, method.layout, launch, start, alone=begun is None)
+        return along
+
+    def _note_cost(
+        self, size: int, plan: Layout, launch: Launch, start: float, *, alone: bool
+    ) -> None:
+        """Tell the policy what a forward takes that began at ``start``; ``alone``: no prompts."""
+        assert self._policy is not None
+        if not alone:
+            self._began = None
+            return
         # Without a graph, the host is busy for as long as the forward takes.
         seconds = launch.seconds or time.perf_counter() - start
         if launch.seconds is not None and self._began is not None and self._began[0] == plan:
@@ -304,13 +351,15 @@ class Engine:
         self._began = plan, start
         self._policy.took(size, plan, seconds)
 
-    def _run_texts(self) -> list[Request]:
-        """Run a chunk of what is not cached; whose text is cached decodes from then on."""
-        self._began = None
+    def _run_texts(self, whole: Sequence[Request]) -> list[Request]:
+        """Run a chunk of what is not cached; whose text is cached decodes from then on.
+
+        Of ``whole`` prompts all is run, whatever the size of the chunk.
+        """
+        self._began, self._along = None, False
         if not self._arriving:
             self._arriving_seconds = 0.0
-        moved: list[Request] = []
-        whole: list[Request] = []
+        moved, whole = list(whole), list(whole)
         left = self.chunk
         while left > 0 and (request := self._scheduler.prefilling):
             # What follows a prompt's last token is not part of it: that row is for decoding.
@@ -366,9 +415,13 @@ class Engine:
             for request in requests:
                 self._prefill([request])
             return
-        self._flights.add(requests, launch, first=True)
         self._arriving.update(requests)
         self._arriving_seconds += launch.seconds or math.inf
+        self._begin_answers(requests, launch)
+
+    def _begin_answers(self, requests: Sequence[Request], launch: Launch) -> None:
+        """Let the answers of ``requests``, its rows, begin with what ``launch`` brings."""
+        self._flights.add(requests, launch, first=True)
         for row, request in enumerate(requests):
             request.place = Place(launch.state, row)
             self._keep(request, request.num_tokens)
@@ -387,7 +440,7 @@ class Engine:
         for commit, packed_BX in self._flights.land(all=all):
             news = self._news_for(commit)
             rows = news.add(packed_BX)
-            self._scheduler.committed(commit.stride)
+            self._scheduler.committed(1 if commit.first else commit.stride)
             for row, tokens, forwards in news.portions(rows):
                 request = news.requests[row]
                 try:
@@ -441,3 +494,8 @@ class Engine:
             self._beside.join()
             request.fail(error)
             self._scheduler.remove(request)
+
+
+def _rows(request: Request) -> int:
+    """That its prompt, or what is not cached of it, takes beside those of a cycle."""
+    return -(-(request.num_tokens - request.cached) // LEAST_TEXT)

@@ -1,14 +1,15 @@
 """Decoding cycles as captured CUDA graphs that update their own inputs.
 
-A graph is `cycle.decode` and nothing else, captured for so many requests, one layout and one kind
-of sampling. Its inputs are tensors that stay where they are: it writes the state that it ends with
-where it found the state that it began with. So the host has to do nothing between two forwards of
-the same requests but to launch the next, long before it knows what the last one brought.
+A graph is `cycle.decode` or `cycle.decode_with` and nothing else, captured for so many requests,
+one layout and one kind of sampling. Its inputs are tensors that stay where they are: it writes the
+state that it ends with where it found the state that it began with. So the host has to do nothing
+between two forwards of the same requests but to launch the next, long before it knows what the last
+one brought.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 LEAST_TEXT = 16  # tokens of a captured prefill
 FEW_ROWS = 128  # of a forward: fewer take hardly less time
+ALONG_ROWS = FEW_ROWS // LEAST_TEXT  # of prompts that a cycle takes along
 
 
 class CaptureError(RuntimeError):
@@ -57,6 +59,7 @@ class Graphs:
         self._kind = Kind(frozenset(), table_width, places, candidates, vocab_size, device)
         self._inputs: dict[tuple[object, ...], Inputs] = {}
         self._texts: dict[tuple[object, ...], Texts] = {}
+        self._along: dict[frozenset[str], Texts] = {}
         self._graphs: dict[tuple[object, ...], Graph] = {}
         self._last: Cycle | None = None
         self._pools: dict[type, tuple[Any, torch.cuda.Stream]] = {}
@@ -90,6 +93,35 @@ class Graphs:
         launch = Launch(seats.state, graph.packed_BX[:B], graph.rows, None, graph.seconds)
         return Cycle(method, graph, launch)
 
+    def decode_with(self, method: Method, seats: Seats, prompts: Prompts) -> tuple[Launch, Launch]:
+        """`cycle.decode_with`: what it brings to those on the ``seats``, and to the prompts."""
+        inputs = seats.inputs
+        key = ("with prompts", inputs.size, inputs.kind.wants, method.layout)
+        if inputs.kind.wants not in self._along:
+            self._along[inputs.kind.wants] = Texts(ALONG_ROWS, LEAST_TEXT, inputs.kind)
+        texts = self._along[inputs.kind.wants]
+        if key not in self._graphs:
+
+            def run() -> Outcome:
+                caches = self._cache.k_LNKTD, self._cache.v_LNKTD
+                sampling = Sampling.cat([inputs.sampling, texts.sampling])
+                own = texts.table_BP, texts.tokens_BC, texts.count_B, texts.start_B, texts.last_B
+                along, table_BP = cycle.Texts(*own), inputs.table_BP
+                return cycle.decode_with(method, *caches, table_BP, inputs.state, along, sampling)
+
+            self._graphs[key] = self._captured(run, inputs, texts)
+        graph, B = self._graphs[key], len(seats.state.pending_B)
+        texts.take(prompts, None)
+        graph.replay()
+        packed_BX, begun = graph.packed_BX, int(prompts.last_B.sum())
+        launch = Launch(seats.state, packed_BX, graph.rows, None, graph.seconds)
+        landed = graph.landed(launch)
+        # The next prompts overwrite what these begin with.
+        state, rows = texts.state.clone(), 1 + method.layout.block_size
+        return landed.part(0, B, seats.state, graph.rows), landed.part(
+            inputs.size, inputs.size + begun, state, rows
+        )
+
     def prefill(
         self,
         method: Method,
@@ -121,40 +153,50 @@ class Graphs:
         launch = Launch(state, graph.packed_BX[:B], graph.rows, None, graph.seconds)
         return graph.landed(launch)
 
-    def _captured(self, run: Callable[[], Outcome], inputs: Inputs | Texts) -> Graph:
-        """Capture one cycle over ``inputs``, which are not changed.
+    def _captured(self, run: Callable[[], Outcome], *inputs: Inputs | Texts) -> Graph:
+        """Capture one cycle over ``inputs``, the rows of which are its; they are not changed.
 
         Raises:
             CaptureError: it cannot be captured here.
         """
-        kept = [tensor.clone() for tensor in inputs.tensors]
+
+        def clear() -> None:
+            for own in inputs:
+                own.clear()
+
+        def cycle() -> Outcome:
+            outcome = run()
+            go_on(inputs, outcome.state)
+            return outcome
+
+        tensors = [tensor for own in inputs for tensor in own.tensors]
+        kept = [tensor.clone() for tensor in tensors]
         try:
-            inputs.clear()
-            pool, stream = self._pool(type(inputs))
+            clear()
+            pool, stream = self._pool(type(inputs[0]))
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
                 # What is compiled or allocated once is not part of the graph.
-                outcome = run()
-                inputs.go_on(outcome.state)
+                outcome = cycle()
                 ring = _ring(outcome.packed_BX)
                 if ring is not None:
                     ring.write(outcome.packed_BX)
             torch.cuda.current_stream(self._device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            inputs.clear()
+            clear()
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                outcome = run()
-                inputs.go_on(outcome.state)
+                outcome = cycle()
                 if ring is not None:
                     ring.write(outcome.packed_BX)
-            inputs.pretend()
+            for own in inputs:
+                own.pretend()
             seconds = timed(graph)
             if ring is not None:
                 ring.restart()
         except Exception as error:
             raise CaptureError(f"{type(error).__name__}: {error}") from error
         finally:
-            for tensor, before in zip(inputs.tensors, kept, strict=True):
+            for tensor, before in zip(tensors, kept, strict=True):
                 tensor.copy_(before)
         return Graph(graph, outcome.packed_BX, outcome.rows, seconds, ring)
 
@@ -167,6 +209,14 @@ class Graphs:
             pool = torch.cuda.graph_pool_handle()
             self._pools[kind] = pool, torch.cuda.Stream(self._device)
         return self._pools[kind]
+
+
+def go_on(inputs: Sequence[Inputs | Texts], state: State) -> None:
+    """Let ``inputs``, whose rows are those of ``state`` in turn, go on from it."""
+    first = 0
+    for own in inputs:
+        own.go_on(state.part(first, first + own.size))
+        first += own.size
 
 
 def timed(graph: torch.cuda.CUDAGraph, times: int = 3) -> float:

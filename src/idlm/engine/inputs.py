@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy.typing as npt
@@ -11,7 +10,6 @@ import torch
 
 from idlm.decoding.cycle import State
 from idlm.decoding.sampling import Sampling
-from idlm.decoding.verify import Drafts
 from idlm.engine.kind import FOR_EVERY_TOKEN, NEUTRAL, NUMBER, Kind, SlabState
 from idlm.engine.kv_cache import BLOCK_TOKENS
 from idlm.engine.slab import Changes, Slab
@@ -95,15 +93,7 @@ class Seats:
         self._count(count)
 
     def _count(self, count: int) -> None:
-        state, drafts = self.inputs.state, self.inputs.state.drafts
-        counts_BV, prompt_BV = state.counts_BV, state.prompt_BV
-        self.state = State(
-            state.pending_B[:count],
-            state.length_B[:count],
-            Drafts(*(getattr(drafts, f.name)[:count] for f in fields(drafts))),
-            None if counts_BV is None else counts_BV[:count],
-            None if prompt_BV is None else prompt_BV[:count],
-        )
+        self.state = self.inputs.state.part(0, count)
 
     @property
     def taken(self) -> bool:

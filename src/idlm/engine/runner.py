@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -17,10 +16,10 @@ from idlm.decoding.sampling import Sampling, kind_of
 from idlm.decoding.verify import Drafts
 from idlm.engine.commit import Launch
 from idlm.engine.grammar import Grammars
-from idlm.engine.graphs import CaptureError, Graphs, text_size
+from idlm.engine.graphs import LEAST_TEXT, CaptureError, Graphs, text_size
 from idlm.engine.inputs import Seats
 from idlm.engine.kind import FOR_EVERY_TOKEN, SlabState
-from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
+from idlm.engine.kv_cache import KVCache
 from idlm.engine.logprobs import logprobs_of
 from idlm.engine.request import Logprob, Request
 from idlm.engine.table import Moved, Table
@@ -80,6 +79,35 @@ class Runner:
             self._do_without_graphs(error)
             return None
 
+    @property
+    def captures(self) -> bool:
+        """Whether there are graphs."""
+        return self._graphs is not None
+
+    def replay_with(
+        self, method: Method, seats: Seats, requests: Sequence[Request]
+    ) -> tuple[Launch, Launch] | None:
+        """`replay`, and the prompts of ``requests`` with it; what it brings to either.
+
+        They want nothing that those on the ``seats`` do not, and need `along` rows together.
+        """
+        if self._graphs is None:
+            return None
+        rows = [
+            (r, start, min(start + LEAST_TEXT, r.num_tokens))
+            for r in requests
+            for start in range(r.cached, r.num_tokens, LEAST_TEXT)
+        ]
+        rows.sort(key=lambda row: row[2] < row[0].num_tokens)  # the last of each text first
+        columns = self._columns([r for r, _, _ in rows], seats.inputs.kind.wants)
+        room = max(start for _, start, _ in rows) + LEAST_TEXT + method.layout.block_size
+        try:
+            prompts = Prompts.of(rows, LEAST_TEXT, room, columns)
+            return self._graphs.decode_with(method, seats, prompts)
+        except CaptureError as error:
+            self._do_without_graphs(error)
+            return None
+
     def replace(
         self,
         seats: Seats,
@@ -129,21 +157,13 @@ class Runner:
     def _prompts(
         self, requests: Sequence[Request], wants: frozenset[str], masks: int, captured: bool
     ) -> Prompts:
-        texts = [r.tokens(r.cached, r.num_tokens) for r in requests]
-        width = max(map(len, texts))
+        width = max(r.num_tokens - r.cached for r in requests)
         if captured:
             width = text_size(width)
         # What fills up has to be somewhere, too: in block 0.
-        end = max(r.cached for r in requests) + width + masks
-        blocks = max(-(-end // BLOCK_TOKENS), *(len(r.lease.ids) for r in requests))
-        table = [r.lease.ids + [0] * (blocks - len(r.lease.ids)) for r in requests]
-        return Prompts(
-            np.array(table, np.int32),
-            np.array([text + [0] * (width - len(text)) for text in texts]),
-            np.array([len(text) for text in texts]),
-            np.array([r.cached for r in requests]),
-            self._columns(requests, wants),
-        )
+        room = max(r.cached for r in requests) + width + masks
+        rows = [(r, r.cached, r.num_tokens) for r in requests]
+        return Prompts.of(rows, width, room, self._columns(requests, wants))
 
     def _columns(
         self, requests: Sequence[Request], wants: frozenset[str]
