@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from random_models import DEVICE, DTYPE, bandwidth, random_model
 
@@ -11,8 +12,9 @@ from idlm.decoding.layout import Layout
 from idlm.decoding.propose import num_candidates
 from idlm.decoding.sampling import Sampling
 from idlm.decoding.verify import Drafts
-from idlm.engine.graphs import Graphs
+from idlm.engine.graphs import LEAST_TEXT, Graphs
 from idlm.engine.kv_cache import BLOCK_TOKENS, KVCache
+from idlm.engine.texts import Prompts
 
 TEXT, BLOCKS = 300, 40  # tokens and blocks of a request
 
@@ -44,7 +46,8 @@ class Cycles:
         )
 
     def capture(self, case: str) -> torch.cuda.CUDAGraph:
-        """A new graph of ``layout:stride:requests[:temperature]``."""
+        """A new graph of ``layout:stride:requests[:temperature][+rows]``, rows of prompts."""
+        case, _, prompts = case.partition("+")
         name, stride, count, *rest = case.split(":")
         layout, B = Layout.named(name, int(stride)), int(count)
         params = SamplingParams(temperature=float(rest[0]) if rest else 0.0)
@@ -63,8 +66,18 @@ class Cycles:
         sampling = Sampling.of([params] * B, list(range(B)), empty, empty, V, DEVICE)
         method = Method(self._decoder, self._adapter if M else None, layout, "rejection")
         self._graphs._graphs.clear()
-        self._graphs.decode(
-            method, self._graphs.seat(blocks.view(B, BLOCKS).int(), state, sampling)
-        )
+        seats = self._graphs.seat(blocks.view(B, BLOCKS).int(), state, sampling)
+        if prompts:
+            self._graphs.decode_with(method, seats, self._prompts(int(prompts), params))
+        else:
+            self._graphs.decode(method, seats)
         (graph,) = self._graphs._graphs.values()
         return graph.graph
+
+    def _prompts(self, count: int, params: SamplingParams) -> Prompts:
+        """Of which as many tokens as fit into a row of each are not cached."""
+        V, same, C = self._decoder.config.vocab_size, np.ones(count, np.int64), LEAST_TEXT
+        columns = Sampling.columns([params] * count, range(count), params.wants, V)
+        table_BP = np.arange(1, count * 4 + 1, dtype=np.int32).reshape(count, 4)
+        tokens_BC = np.arange(count * C).reshape(count, C)
+        return Prompts(table_BP, tokens_BC, C * same, 32 * same, same.astype(bool), columns)

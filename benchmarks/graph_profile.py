@@ -2,8 +2,9 @@
 
     python benchmarks/graph_profile.py --cases ar:1:1,quadratic:4:1,quadratic:4:32
 
-A case is layout:stride:requests[:temperature]. Random weights in the shape of the default model (or
-of Qwen3-8B), texts of 300 tokens: what drafts are worth shows in no kernel's time.
+A case is layout:stride:requests[:temperature][+rows]; rows of prompts go along. Random weights in
+the shape of the default model (or of Qwen3-8B), texts of 300 tokens: what drafts are worth shows in
+no kernel's time.
 """
 
 from __future__ import annotations

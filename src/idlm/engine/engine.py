@@ -21,7 +21,7 @@ from idlm.engine.check import check_request
 from idlm.engine.commit import Commit, Launch
 from idlm.engine.flights import MOST_HOST, Flights
 from idlm.engine.grammar import grammars_of
-from idlm.engine.graphs import ALONG_ROWS, LEAST_TEXT, text_requests, text_size
+from idlm.engine.graphs import ALONG, LEAST_TEXT, text_requests, text_size
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.news import News
 from idlm.engine.request import Place, Request
@@ -278,7 +278,7 @@ class Engine:
         rows = 0
         while (request := self._scheduler.prefilling) and self._goes_along(request):
             rows += _rows(request)
-            if rows > min(ALONG_ROWS, self.chunk // LEAST_TEXT):
+            if rows > min(ALONG[-1], self.chunk // LEAST_TEXT):
                 break
             self._scheduler.prefilled(request)
             along.append(request)
@@ -289,7 +289,7 @@ class Engine:
     def _goes_along(self, request: Request) -> bool:
         """Whether a cycle can take the prompt of ``request`` along: now, or the next one."""
         fresh = not (request.scoring or request.token_ids)
-        few = _rows(request) <= min(ALONG_ROWS, self.chunk // LEAST_TEXT)
+        few = _rows(request) <= min(ALONG[-1], self.chunk // LEAST_TEXT)
         return fresh and few and not self._batch.idle and self._batch.takes_along(request)
 
     def _runs_texts(self) -> bool:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LEAST_TEXT = 16  # tokens of a captured prefill
 FEW_ROWS = 128  # of a forward: fewer take hardly less time
-ALONG_ROWS = FEW_ROWS // LEAST_TEXT  # of prompts that a cycle takes along
+ALONG = (2, FEW_ROWS // LEAST_TEXT)  # rows of prompts that cycles take along, as many as needed
 
 
 class CaptureError(RuntimeError):
@@ -59,7 +59,7 @@ class Graphs:
         self._kind = Kind(frozenset(), table_width, places, candidates, vocab_size, device)
         self._inputs: dict[tuple[object, ...], Inputs] = {}
         self._texts: dict[tuple[object, ...], Texts] = {}
-        self._along: dict[frozenset[str], Texts] = {}
+        self._along: dict[tuple[int, frozenset[str]], Texts] = {}
         self._graphs: dict[tuple[object, ...], Graph] = {}
         self._last: Cycle | None = None
         self._pools: dict[type, tuple[Any, torch.cuda.Stream]] = {}
@@ -95,11 +95,12 @@ class Graphs:
 
     def decode_with(self, method: Method, seats: Seats, prompts: Prompts) -> tuple[Launch, Launch]:
         """`cycle.decode_with`: what it brings to those on the ``seats``, and to the prompts."""
-        inputs = seats.inputs
-        key = ("with prompts", inputs.size, inputs.kind.wants, method.layout)
-        if inputs.kind.wants not in self._along:
-            self._along[inputs.kind.wants] = Texts(ALONG_ROWS, LEAST_TEXT, inputs.kind)
-        texts = self._along[inputs.kind.wants]
+        inputs, wants = seats.inputs, seats.inputs.kind.wants
+        rows = next(rows for rows in ALONG if rows >= len(prompts.last_B))
+        key = ("with prompts", inputs.size, rows, wants, method.layout)
+        if (rows, wants) not in self._along:
+            self._along[rows, wants] = Texts(rows, LEAST_TEXT, inputs.kind)
+        texts = self._along[rows, wants]
         if key not in self._graphs:
 
             def run() -> Outcome:
@@ -117,9 +118,9 @@ class Graphs:
         launch = Launch(seats.state, packed_BX, graph.rows, None, graph.seconds)
         landed = graph.landed(launch)
         # The next prompts overwrite what these begin with.
-        state, rows = texts.state.clone(), 1 + method.layout.block_size
+        state, own_rows = texts.state.clone(), 1 + method.layout.block_size
         return landed.part(0, B, seats.state, graph.rows), landed.part(
-            inputs.size, inputs.size + begun, state, rows
+            inputs.size, inputs.size + begun, state, own_rows
         )
 
     def prefill(

@@ -35,23 +35,6 @@ def wait(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def go_on(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """In place of `wait`, for a kernel that needs nothing of the one before it.
-
-    That one has waited, so all before it is there. This one has to `end_after` it.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def end_after(OVERLAP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Do not end before the kernel before does: who waits for this one waits for both."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def fetch(ptrs):  # type: ignore[no-untyped-def]
     """Have the cache lines at these addresses brought into L2; nothing waits for them."""
     tl.inline_asm_elementwise(

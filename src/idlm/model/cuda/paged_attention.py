@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from idlm.model.cuda.overlap import end_after, go_on, overlap, wait
+from idlm.model.cuda.overlap import overlap, wait
 from idlm.model.cuda.rows import Rows
 
 PART_KEYS = 64  # in the shortest part
@@ -88,7 +88,7 @@ def attend(
     Args:
         qkv_NW: as `rotation.rotate_and_append` has left it; Q query heads share K KV heads.
         k_NKTD, v_NKTD: of the same dtype; the rows' own are there already.
-        groups: all rows; how the work is cut depends on the first of them.
+        groups: all rows, one or two; how the work is cut depends on the first.
         window: a row sees keys less than this many positions before it; None: all.
     Returns:
         ``[N, Q * D]``; 0 for a row that sees no key.
@@ -105,44 +105,40 @@ def attend(
     if parts > 1:
         partial = torch.empty((parts, N, Q, D), dtype=torch.float32, device=qkv_NW.device)
         worth = torch.empty((parts, N, Q), dtype=torch.float32, device=qkv_NW.device)
-    for rows in groups:
-        tiles = triton.cdiv((rows.clean + rows.masks) * G, cut.rows)
-        _attend[(rows.requests * K, tiles, parts)](
-            qkv_NW,
-            k_NKTD,
-            v_NKTD,
-            rows.table_BP,
-            rows.start_B,
-            rows.positions_BR,
-            rows.visible_BRR.view(torch.uint8),
-            partial,
-            worth,
-            D**-0.5,
-            N,
-            rows.clean,
-            rows.masks,
-            rows.first_clean,
-            rows.first_mask,
-            parts,
-            *k_NKTD.stride()[:3],
-            rows.table_BP.stride(0),
-            rows.positions_BR.stride(0),
-            WINDOW=window or 0,
-            K=K,
-            G=G,
-            D=D,
-            DIM=max(16, triton.next_power_of_2(D)),
-            T=T,
-            ROWS=cut.rows,
-            KEYS=cut.keys,
-            SHORTEST=PART_KEYS,
-            REACH=REACH_KEYS,
-            SPLIT=parts > 1,
-            FIRST=rows is groups[0],
-            num_warps=cut.warps,
-            num_stages=cut.stages,
-            **overlap(),
-        )
+    first, second = groups[0], groups[-1]
+    tiles = [triton.cdiv((x.clean + x.masks) * G, cut.rows) for x in (first, second)]
+    programs = sum(x.requests * K * n for x, n in zip(groups, tiles, strict=False))
+    _attend[(programs, parts)](
+        qkv_NW,
+        k_NKTD,
+        v_NKTD,
+        *_places(first),
+        *_places(second),
+        partial,
+        worth,
+        D**-0.5,
+        N,
+        first.requests * K,
+        tiles[0],
+        max(1, second.requests * K),
+        parts,
+        *k_NKTD.stride()[:3],
+        WINDOW=window or 0,
+        K=K,
+        G=G,
+        D=D,
+        DIM=max(16, triton.next_power_of_2(D)),
+        T=T,
+        ROWS=cut.rows,
+        KEYS=cut.keys,
+        SHORTEST=PART_KEYS,
+        REACH=REACH_KEYS,
+        SPLIT=parts > 1,
+        GROUPS=len(groups),
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+        **overlap(),
+    )
     if parts > 1:
         dim, slots = triton.next_power_of_2(D), triton.next_power_of_2(parts)
         together = max(1, MERGED_ROWS // slots)
@@ -162,6 +158,22 @@ def attend(
     return out_NX
 
 
+def _places(rows: Rows) -> tuple[torch.Tensor | int, ...]:
+    """What the kernel is told of a group."""
+    return (
+        rows.table_BP,
+        rows.start_B,
+        rows.positions_BR,
+        rows.visible_BRR.view(torch.uint8),
+        rows.clean,
+        rows.masks,
+        rows.first_clean,
+        rows.first_mask,
+        rows.table_BP.stride(0),
+        rows.positions_BR.stride(0),
+    )
+
+
 @triton.jit
 def _gather(scores, v, top, total, out):  # type: ignore[no-untyped-def]
     """One step of the softmax: its highest score, its sum and the weighted sum of values so far."""
@@ -175,7 +187,23 @@ def _gather(scores, v, top, total, out):  # type: ignore[no-untyped-def]
     return higher, total, out
 
 
-@triton.jit(do_not_specialize=["N", "clean", "masks", "first_clean", "first_mask", "parts"])
+@triton.jit(
+    do_not_specialize=[
+        "clean",
+        "masks",
+        "first_clean",
+        "first_mask",
+        "clean2",
+        "masks2",
+        "first_clean2",
+        "first_mask2",
+        "N",
+        "texts",
+        "tiles",
+        "texts2",
+        "parts",
+    ]
+)
 def _attend(  # type: ignore[no-untyped-def]
     qkv_ptr,
     k_cache_ptr,
@@ -184,20 +212,33 @@ def _attend(  # type: ignore[no-untyped-def]
     start_ptr,
     positions_ptr,
     visible_ptr,
-    out_ptr,
-    worth_ptr,
-    scale,
-    N,
     clean,
     masks,
     first_clean,
     first_mask,
+    table_stride,
+    positions_stride,
+    table2_ptr,
+    start2_ptr,
+    positions2_ptr,
+    visible2_ptr,
+    clean2,
+    masks2,
+    first_clean2,
+    first_mask2,
+    table_stride2,
+    positions_stride2,
+    out_ptr,
+    worth_ptr,
+    scale,
+    N,
+    texts,
+    tiles,
+    texts2,
     parts,
     cache_stride_n,
     cache_stride_h,
     cache_stride_t,
-    table_stride,
-    positions_stride,
     WINDOW: tl.constexpr,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -209,15 +250,25 @@ def _attend(  # type: ignore[no-untyped-def]
     SHORTEST: tl.constexpr,
     REACH: tl.constexpr,
     SPLIT: tl.constexpr,
-    FIRST: tl.constexpr,
+    GROUPS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One KV head of one request: a tile of packed rows over one part of the keys."""
-    b = tl.program_id(0) // K
-    head = tl.program_id(0) % K
-    part = tl.program_id(2)
+    program = tl.program_id(0)
+    part = tl.program_id(1)
+    if GROUPS == 2:  # noqa: SIM102  # a constant: with one group the rest is not compiled
+        if program >= texts * tiles:
+            program -= texts * tiles
+            texts = texts2
+            table_ptr, table_stride = table2_ptr, table_stride2
+            positions_ptr, positions_stride = positions2_ptr, positions_stride2
+            start_ptr, visible_ptr = start2_ptr, visible2_ptr
+            clean, masks = clean2, masks2
+            first_clean, first_mask = first_clean2, first_mask2
+    b = program % texts // K
+    head = program % texts % K
     R = clean + masks
-    packed = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    packed = program // texts * ROWS + tl.arange(0, ROWS)
     row = packed // G
     query_head = head * G + packed % G
     real_row = row < R
@@ -242,10 +293,7 @@ def _attend(  # type: ignore[no-untyped-def]
     block = tl.load(table_row_ptr + coming // T, mask=coming < end, other=0)
     k_head_ptr = k_cache_ptr + head * cache_stride_h
     v_head_ptr = v_cache_ptr + head * cache_stride_h
-    if FIRST:
-        wait(OVERLAP)
-    else:
-        go_on(OVERLAP)  # the group before this one began only when all keys were there
+    wait(OVERLAP)
     q = tl.load(
         qkv_ptr + flat[:, None] * ((K * G + 2 * K) * D) + query_head[:, None] * D + dims[None, :],
         mask=real_row[:, None] & real_dim[None, :],
@@ -320,8 +368,6 @@ def _attend(  # type: ignore[no-untyped-def]
         out.to(out_ptr.dtype.element_ty),
         mask=real_row[:, None] & real_dim[None, :],
     )
-    if not FIRST:
-        end_after(OVERLAP)
 
 
 @triton.jit(do_not_specialize=["N", "parts"])
