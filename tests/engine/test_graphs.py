@@ -275,6 +275,21 @@ def test_cycles_take_prompts_along(
     assert engine.stats.kv_tokens == 0
 
 
+def test_warm_up_captures_what_greedy_requests_need(llm: LLM, model: Any) -> None:
+    """Also the cycles that take prompts along."""
+    engine = engine_of(llm, model, "quadratic", 4, "coupled", max_batch=7)
+    engine.warm_up()
+    graphs: Any = engine._runner._graphs
+    captured = set(graphs._graphs)
+    for steps in (0, 1, 2, 5):
+        cases = [
+            ([9 + i] * (3 + 5 * i % 37), SamplingParams(temperature=0, max_tokens=8 + 7 * i % 24))
+            for i in range(12)
+        ]
+        run_in_turn(engine, cases, steps)
+    assert set(graphs._graphs) == captured
+
+
 @pytest.mark.parametrize("kinds", [PARAMS[:3], PARAMS])
 def test_a_slow_host_launches_two_ahead(
     llm: LLM, model: Any, kinds: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch

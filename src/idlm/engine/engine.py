@@ -137,11 +137,15 @@ class Engine:
         What is compiled, captured or timed when it is first needed is there before the load is.
         """
         sizes = [1 << n for n in range(self.max_batch.bit_length()) if 1 << n < self.max_batch]
+        longest = min(self.chunk, self._room - 1, self._context - 1)
+        # The shortest prompt that takes each number of rows that cycles take along.
+        along = [rows * LEAST_TEXT + 1 for rows in (0, *ALONG[:-1])] if self._ahead else []
+        along = [length for length in along if length <= longest]
         for size in [*sizes, self.max_batch]:
             logger.info("Setting up for %d of %d requests at once.", size, self.max_batch)
-            self._run_made_up(size, 1, WARM_UP_TOKENS)
+            self._run_made_up(size, 1, WARM_UP_TOKENS, along)
         length = text_size(1)
-        while self._ahead and length < min(self.chunk + 1, self._room, self._context):
+        while self._ahead and length <= longest:
             logger.info("Setting up for prompts of up to %d tokens.", length)
             most = min(self.chunk // length, self.max_batch)
             counts = {text_requests(count, length) for count in range(1, most + 1)}
@@ -151,11 +155,27 @@ class Engine:
         if self._policy is not None:
             self._policy.forget()
 
-    def _run_made_up(self, requests: int, prompt: int, tokens: int) -> None:
+    def _run_made_up(
+        self, requests: int, prompt: int, tokens: int, others: Sequence[int] = ()
+    ) -> None:
+        """``others``: prompts that come while the first ones run, each for a moment."""
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         vocab_size = self.method.decoder.config.vocab_size
-        for _ in range(requests):
-            self.add([secrets.randbelow(vocab_size)] * prompt, params)
+
+        def come(count: int, length: int) -> list[Request]:
+            prompts = [[secrets.randbelow(vocab_size)] * length for _ in range(count)]
+            return [self.add(prompt_token_ids, params) for prompt_token_ids in prompts]
+
+        there = come(requests, prompt)
+        for length in others:
+            while self.busy and not all(request.token_ids for request in there):
+                self.step()
+            if len(there) == self.max_batch:
+                self.abort(there.pop())
+            (other,) = come(1, length)
+            while self.busy and not other.token_ids:
+                self.step()
+            self.abort(other)
         while self.busy:
             self.step()
 
