@@ -275,6 +275,41 @@ def test_cycles_take_prompts_along(
     assert engine.stats.kv_tokens == 0
 
 
+def test_a_cycle_that_takes_prompts_along_is_in_order_with_prompts_beside(
+    llm: LLM, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins when all prompts are over, which may share blocks; others begin after it."""
+    engine = engine_of(llm, model, "quadratic", 4, "coupled", chunk=256)
+    events: list[str] = []
+
+    def note(owner: Any, name: str) -> None:
+        before = getattr(owner, name)
+
+        def noted(*given: Any) -> Any:
+            events.append(name)
+            return before(*given)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for name in ("join", "mark", "prompts"):
+        note(engine._beside, name)
+    note(engine._runner._graphs, "decode_with")
+    long, short = 140, 20
+    engine.add([3] * short, SamplingParams(max_tokens=60))
+    for step, coming in enumerate(([], [long], [short], [], [short, long], [short], [long, short])):
+        for length in coming:
+            engine.add([5 + step] * length, SamplingParams(max_tokens=20))
+        engine.step()
+    while engine.busy:
+        engine.step()
+    along = [i for i, name in enumerate(events) if name == "decode_with"]
+    assert along and "prompts" in events[along[0] :]
+    for i in along:
+        before, after = events[:i], events[i + 1 :]
+        assert before[::-1].index("join") < [*before[::-1], "prompts"].index("prompts")
+        assert after.index("mark") < [*after, "prompts"].index("prompts")
+
+
 def test_warm_up_captures_what_greedy_requests_need(llm: LLM, model: Any) -> None:
     """Also the cycles that take prompts along."""
     engine = engine_of(llm, model, "quadratic", 4, "coupled", max_batch=7)
