@@ -22,13 +22,15 @@ TEXT, BLOCKS = 300, 40  # tokens and blocks of a request
 class Cycles:
     """Cycles of ``135M`` or ``8B``, texts of 300 tokens: what drafts are worth shows in no time.
 
+    Args:
+        rank, width: of the adapter, as `random_model` takes them.
     Attributes:
         heading: lines on the device, its memory and the weights.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, rank: int | None = None, width: int | None = None) -> None:
         copied, read = bandwidth()
-        self._decoder, self._adapter = random_model(model)
+        self._decoder, self._adapter = random_model(model, rank, width)
         config = self._decoder.config
         tokens = 131_072 if model == "135M" else 40_000
         cache = KVCache(config, DEVICE, DTYPE, tokens, wanted=0)

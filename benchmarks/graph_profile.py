@@ -81,9 +81,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=RANK, default="135M")
     parser.add_argument("--cases", default="ar:1:1,quadratic:4:1,ar:1:32,quadratic:4:32")
+    parser.add_argument("--rank", type=int, help="of the LoRA; default: 24, 8B 128")
+    parser.add_argument("--head-width", type=int, help="default: 1024, 8B 4096")
     parser.add_argument("--kernels", type=int, default=16, help="shown of each case")
     args = parser.parse_args()
-    cycles = Cycles(args.model)
+    cycles = Cycles(args.model, args.rank, args.head_width)
     print(cycles.heading)
     for case in args.cases.split(","):
         graph = cycles.capture(case)

@@ -35,14 +35,21 @@ def config(name: str) -> ModelConfig:
     )
 
 
-def random_model(name: str) -> tuple[Decoder, Adapter]:
-    """Decoder and adapter (7 masks, LoRA everywhere, sampler head), on `DEVICE` in `DTYPE`."""
+def random_model(
+    name: str, rank: int | None = None, width: int | None = None
+) -> tuple[Decoder, Adapter]:
+    """Decoder and adapter (7 masks, LoRA everywhere, sampler head), on `DEVICE` in `DTYPE`.
+
+    Args:
+        rank: of the LoRA, in place of `RANK`.
+        width: of the sampler head's blocks, in place of `HEAD_WIDTH`.
+    """
     shape = config(name)
     with torch.device("meta"):
         decoder = Decoder(shape).to(DTYPE)
     decoder = decoder.to_empty(device=DEVICE)
     projections = ("qkv", "o", "gate_up", "down")
-    rank, width = RANK[name], HEAD_WIDTH[name]
+    rank, width = rank or RANK[name], width or HEAD_WIDTH[name]
     adapter_config = AdapterConfig(rank, rank, projections, 7, width, 2, None, "random")
     adapter = Adapter(adapter_config, shape).to(DEVICE, DTYPE)
     with torch.no_grad():

@@ -233,12 +233,18 @@ def _weight_bytes(engine: Engine) -> int:
 def _graphs_ms(engine: Engine) -> dict[str, float]:
     """What the captured cycles take on the device, by requests (or prompts) and layout."""
     graphs = engine._runner._graphs
-    return {
-        f"{key[0]} {key[1]} x {key[2]}, {key[-1].name} {key[-1].stride}"
-        if key[0] == "prefill"
-        else f"{key[0]}, {key[-1].name} {key[-1].stride}": graph.seconds * 1e3
-        for key, graph in (graphs._graphs.items() if graphs else ())
-    }
+    found = graphs._graphs.items() if graphs else ()
+    return {_label(key): graph.seconds * 1e3 for key, graph in found}
+
+
+def _label(key: Any) -> str:
+    """What a captured graph is called in a table."""
+    plan = f"{key[-1].name} {key[-1].stride}"
+    if key[0] == "prefill":
+        return f"prefill {key[1]} x {key[2]}, {plan}"
+    if key[0] == "with prompts":
+        return f"{key[1]}, {plan}, with {key[2]} rows of prompts"
+    return f"{key[0]}, {plan}"
 
 
 def _captured(engine: Engine) -> int:
