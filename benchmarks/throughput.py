@@ -142,6 +142,7 @@ def measure(
     """
     alive: list[Request] = []
     ended: list[Request] = []
+    silent: list[Request] = []  # those that nothing has come of yet
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     seeds, lengths, most = count(), Random(0), params["max_tokens"]
@@ -151,17 +152,19 @@ def measure(
             length = max(1, round(most * (1 + spread * lengths.uniform(-1, 1))))
             own = SamplingParams(seed=next(seeds), **params | {"max_tokens": length})
             alive.append(engine.add(next(source), own))
+            silent.append(alive[-1])
         engine.step()
         now = time.perf_counter()
-        for request in list(alive):
-            if request.id not in first and request.token_ids:
+        for request in list(silent):
+            if request.token_ids:
                 first[request.id] = now
-            if request.finished:
-                if request.error is not None:
-                    raise request.error
-                alive.remove(request)
-                ended.append(request)
-                last[request.id] = now
+                silent.remove(request)
+        for request in [request for request in alive if request.finished]:
+            if request.error is not None:
+                raise request.error
+            alive.remove(request)
+            ended.append(request)
+            last[request.id] = now
 
     def tokens() -> int:
         return sum(len(r.token_ids) for r in (*alive, *ended))

@@ -55,7 +55,7 @@ class Batch:
     def _arrange(self, requests: Sequence[Request]) -> None:
         wanted, present = set(requests), set(self.requests)
         joining = [request for request in requests if request not in present]
-        if self._reseat(wanted, joining):
+        if self._reseat(requests, wanted, joining):
             return
         stay = [row for row, request in enumerate(self.requests) if request in wanted]
         states = self._states([Place(self._state, row) for row in stay] if self._state else [])
@@ -67,7 +67,9 @@ class Batch:
             request.place = None
         self._set([self.requests[row] for row in stay] + joining, states)
 
-    def _reseat(self, wanted: set[Request], joining: Sequence[Request]) -> bool:
+    def _reseat(
+        self, requests: Sequence[Request], wanted: set[Request], joining: Sequence[Request]
+    ) -> bool:
         """Let who joins have the row of one who has ended, or the next; whether that can be."""
         seats, table = self._seats, self._table
         if seats is None or table is None or not seats.taken or (joining and not seats.open):
@@ -78,7 +80,7 @@ class Batch:
         more = max(0, len(joining) - len(free))
         rows = [*free, *range(len(self.requests), len(self.requests) + more)][: len(joining)]
         idle = max(0, len(free) - len(joining))
-        wants = kind_of(r.params for r in wanted)
+        wants = self._kind(seats, requests, joining)
         if wanted and not seats.suits(len(self.requests) + more, idle, wants):
             return False
         places = [request.place for request in joining]
@@ -96,11 +98,27 @@ class Batch:
             seats.leave(ended)
         return True
 
+    def _kind(
+        self, seats: Seats, requests: Sequence[Request], joining: Sequence[Request]
+    ) -> frozenset[str]:
+        """`kind_of` all ``requests``, of whom those on the ``seats`` want no more than is there.
+
+        One who wants all of it mostly stands at the beginning, so few are looked at.
+        """
+        kind = seats.inputs.kind.wants
+        if all(r.params.wants <= kind for r in joining):  # noqa: SIM102
+            if any(r.params.wants == kind for r in requests):
+                return kind
+        return kind_of(r.params for r in requests)
+
     def takes_along(self, request: Request) -> bool:
         """Whether the prompt of ``request`` could be part of a forward of all."""
         if self.by_hand or request.by_hand or not (self.requests and self._runner.captures):
             return False
-        wants = kind_of(r.params for r in self.requests)
+        if self._seats is not None and self._seats.taken:
+            wants = self._seats.inputs.kind.wants
+        else:
+            wants = kind_of(r.params for r in self.requests)
         return wants.isdisjoint(FOR_EVERY_TOKEN) and request.params.wants <= wants
 
     def launch(self, method: Method, along: Sequence[Request] = ()) -> tuple[Launch, Launch | None]:

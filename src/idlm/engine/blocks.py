@@ -24,18 +24,20 @@ class Lease:
         digests: of the leading full blocks of the text, as far as they were computed; they stay
             when the blocks are given back.
         shareable: leading blocks of ``ids`` that others may hold too: they are not written again.
+        watched: whether somebody has to know when its blocks change.
     """
 
     ids: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     shareable: int = 0
+    watched: bool = False
 
 
 class BlockPool:
     """Accounts for ``num_blocks`` blocks of ``block_tokens`` tokens; block 0 is nobody's.
 
     Attributes:
-        changes: how often somebody has got blocks or given them back.
+        changes: how often a watched lease has got blocks or has given them back.
     """
 
     def __init__(self, num_blocks: int, block_tokens: int) -> None:
@@ -79,7 +81,7 @@ class BlockPool:
             self._holders[block] += 1
             lease.ids.append(block)
         lease.shareable = len(lease.ids)
-        self.changes += 1
+        self.changes += lease.watched
         return lease.shareable * self.block_tokens
 
     def grow(self, lease: Lease, length: int, spare: int = 0) -> bool:
@@ -93,7 +95,7 @@ class BlockPool:
             return True
         if more + spare > self.available:
             return False
-        self.changes += 1
+        self.changes += lease.watched
         lease.ids += [self._take() for _ in range(more)]
         return True
 
@@ -112,7 +114,7 @@ class BlockPool:
 
     def release(self, lease: Lease) -> None:
         """Give all blocks back."""
-        self.changes += 1
+        self.changes += lease.watched
         # The end of a text is of no use without its beginning, so it is let go first.
         for block in reversed(lease.ids):
             self._holders[block] -= 1

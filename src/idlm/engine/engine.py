@@ -24,7 +24,7 @@ from idlm.engine.grammar import grammars_of
 from idlm.engine.graphs import ALONG, LEAST_TEXT, text_requests, text_size
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.news import News
-from idlm.engine.request import Place, Request
+from idlm.engine.request import Forwards, Place, Request
 from idlm.engine.runner import Runner
 from idlm.engine.scheduler import Scheduler
 from idlm.engine.stats import EngineStats
@@ -458,31 +458,42 @@ class Engine:
     def _read(self, *, all: bool) -> None:
         """Give requests what has come (``all``: will come) of launches, or keep it for them."""
         for commit, packed_BX in self._flights.land(all=all):
+            if commit.first:
+                self._read_first(commit, packed_BX[:, 0].tolist())
+                continue
             news = self._news_for(commit)
             rows = news.add(packed_BX)
-            self._scheduler.committed(1 if commit.first else commit.stride)
+            self._scheduler.committed(commit.stride)
             for row, tokens, forwards in news.portions(rows):
-                request = news.requests[row]
-                try:
-                    request.logprobs += commit.logprobs(row, len(tokens), self.tokenizer)
-                    request.take(tokens, forwards)
-                except Exception as error:
-                    self._blame(request, error)
-                if request.finished:
+                self._give(commit, row, tokens, forwards)
+                if news.requests[row].finished:
                     news.end(row)
-                    self._scheduler.remove(request)
-            if commit.first:
-                news.hand_out()
-                self._arriving.difference_update(commit.requests)
+
+    def _read_first(self, commit: Commit, tokens: list[int]) -> None:
+        """Give requests the first token of their answers."""
+        self._scheduler.committed(1)
+        forwards = Forwards(bytes(2), 0.0, commit.rows)  # no draft was tested, none stood
+        for row, (request, token) in enumerate(zip(commit.requests, tokens, strict=True)):
+            if not request.finished:
+                self._give(commit, row, [token], forwards)
+        self._arriving.difference_update(commit.requests)
+
+    def _give(self, commit: Commit, row: int, tokens: list[int], forwards: Forwards) -> None:
+        """Let the request at ``row`` take its tokens, and forget it if it ends by them."""
+        request = commit.requests[row]
+        try:
+            request.logprobs += commit.logprobs(row, len(tokens), self.tokenizer)
+            request.take(tokens, forwards)
+        except Exception as error:
+            self._blame(request, error)
+        if request.finished:
+            self._scheduler.remove(request)
 
     def _news_for(self, commit: Commit) -> News:
         """Where to keep what ``commit`` brings."""
-        vocab_size = self.method.decoder.config.vocab_size
-        if commit.first:
-            return News(commit, vocab_size)
         if self._news is None or not self._news.takes(commit):
             self._hand_out()
-            self._news = News(commit, vocab_size)
+            self._news = News(commit, self.method.decoder.config.vocab_size)
         return self._news
 
     def _read_all(self) -> None:

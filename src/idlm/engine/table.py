@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from idlm.engine.blocks import BlockPool
+from idlm.engine.blocks import BlockPool, Lease
 from idlm.engine.request import Request
 from idlm.model.transfer import upload
 
@@ -33,8 +33,8 @@ class Table:
     """``table_BP`` of some requests, int32, filled up with block 0, which is nobody's."""
 
     def __init__(self, requests: Sequence[Request], pool: BlockPool) -> None:
-        self._leases, self._pool = [request.lease for request in requests], pool
-        self._seen = -1  # of the pool's changes
+        self._leases, self._pool = [_watched(request.lease) for request in requests], pool
+        self._seen: int | None = None  # of the pool's changes; None: not enough
         self._lengths_B = np.zeros(len(requests), np.int64)
         self._others: list[int] = []  # rows that other requests have now
         self._blocks_BP = np.zeros((len(requests), 0), np.int32)
@@ -42,18 +42,20 @@ class Table:
 
     def replace(self, row: int, request: Request) -> None:
         """Let ``request`` have ``row``, which may be the next behind the last."""
-        self._seen = -1
+        self._seen = None
         if row < len(self._leases):
-            self._leases[row] = request.lease
+            self._leases[row] = _watched(request.lease)
             self._others.append(row)
             return
-        self._leases.append(request.lease)
+        self._leases.append(_watched(request.lease))
         self._lengths_B = np.append(self._lengths_B, 0)
         self._blocks_BP = np.pad(self._blocks_BP, ((0, 1), (0, 0)))
 
     def leave(self, rows: Sequence[int]) -> list[int]:
         """Let ``rows`` have no blocks, as their requests have ended; those that had any."""
         left = [row for row in rows if self._lengths_B[row]]
+        if self._seen is not None:
+            self._seen += len(left)  # they have given theirs back, which is known by this
         self._blocks_BP[left], self._lengths_B[left] = 0, 0
         self._there = None if left else self._there
         return left
@@ -93,3 +95,8 @@ class Table:
         if self._there is None:
             self._there = upload(self._blocks_BP[:, : int(self._lengths_B.max())], device)
         return self._there
+
+
+def _watched(lease: Lease) -> Lease:
+    lease.watched = True
+    return lease
