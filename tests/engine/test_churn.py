@@ -109,6 +109,7 @@ def test_nobody_notices_the_others(
         "max_batch": random.choice([1, 2, 3, 5, 8]),
         "kv_cache_tokens": random.choice([160, 256, 4096]),
         "chunk": random.choice([8, 64, 512]),
+        "along": random.random() < 0.6,
     }
     engine = engine_of(llm, model, layout, stride, "coupled", **options)
     let_prompts_land(engine, random, monkeypatch)

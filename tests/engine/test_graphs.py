@@ -101,12 +101,14 @@ def engine_of(llm: LLM, model: Any, layout: str, stride: int, rule: str, **optio
     method = Method(decoder, adapter if rows.num_masks else None, rows, rule)
     tokens = options.pop("kv_cache_tokens", 8192)
     cache = KVCache(decoder.config, DEVICE, torch.float32, tokens, wanted=0)
+    along = options.pop("along", False)
     options = {"max_batch": 16, "ahead": True} | options
     engine = Engine(method, llm.tokenizer, cache=cache, device=DEVICE, **options)
     if DEVICE.type == "cpu":
         V = decoder.config.vocab_size
         sizes = 80, rows.block_size, num_candidates(DEVICE, V), V
         engine._runner._graphs = UncapturedGraphs(cache, DEVICE, *sizes)
+    engine._runner.along = along  # which is not for small models
     return engine
 
 
@@ -226,8 +228,8 @@ def test_prompts_that_take_less_than_a_cycle_are_not_waited_for(
         for _ in range(4):
             engine.step()
         others = [
-            engine.add([5 + i] * 140, SamplingParams(seed=i, max_tokens=20, **params))
-            for i, params in enumerate(kinds)
+            engine.add([5 + i] * 4, SamplingParams(seed=i, max_tokens=20, **params))
+            for i, params in enumerate(kinds * 2)
         ]
         steps.append(0)
         while others[-1] not in engine._batch.requests:
@@ -258,7 +260,7 @@ def test_cycles_take_prompts_along(
     alone._runner._graphs = None
     expected = run_in_turn(alone, cases, 1000)
     monkeypatch.setattr("idlm.engine.engine.GATHER_STEPS", 0)
-    engine = engine_of(llm, model, layout, stride, "coupled")
+    engine = engine_of(llm, model, layout, stride, "coupled", along=True)
     requests = [engine.add(*cases[0])]
     for _ in range(4):
         engine.step()
@@ -279,7 +281,7 @@ def test_a_cycle_that_takes_prompts_along_is_in_order_with_prompts_beside(
     llm: LLM, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It begins when all prompts are over, which may share blocks; others begin after it."""
-    engine = engine_of(llm, model, "quadratic", 4, "coupled", chunk=256)
+    engine = engine_of(llm, model, "quadratic", 4, "coupled", chunk=256, along=True)
     events: list[str] = []
 
     def note(owner: Any, name: str) -> None:
@@ -312,7 +314,7 @@ def test_a_cycle_that_takes_prompts_along_is_in_order_with_prompts_beside(
 
 def test_warm_up_captures_what_greedy_requests_need(llm: LLM, model: Any) -> None:
     """Also the cycles that take prompts along."""
-    engine = engine_of(llm, model, "quadratic", 4, "coupled", max_batch=7)
+    engine = engine_of(llm, model, "quadratic", 4, "coupled", max_batch=7, along=True)
     engine.warm_up()
     graphs: Any = engine._runner._graphs
     captured = set(graphs._graphs)

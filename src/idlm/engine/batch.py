@@ -113,7 +113,7 @@ class Batch:
 
     def takes_along(self, request: Request) -> bool:
         """Whether the prompt of ``request`` could be part of a forward of all."""
-        if self.by_hand or request.by_hand or not (self.requests and self._runner.captures):
+        if self.by_hand or request.by_hand or not (self.requests and self._runner.takes_along):
             return False
         if self._seats is not None and self._seats.taken:
             wants = self._seats.inputs.kind.wants

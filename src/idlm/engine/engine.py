@@ -139,8 +139,8 @@ class Engine:
         sizes = [1 << n for n in range(self.max_batch.bit_length()) if 1 << n < self.max_batch]
         longest = min(self.chunk, self._room - 1, self._context - 1)
         # The shortest prompt that takes each number of rows that cycles take along.
-        along = [rows * LEAST_TEXT + 1 for rows in (0, *ALONG[:-1])] if self._ahead else []
-        along = [length for length in along if length <= longest]
+        along = [rows * LEAST_TEXT + 1 for rows in (0, *ALONG[:-1])]
+        along = [length for length in along if length <= longest and self._runner.takes_along]
         for size in [*sizes, self.max_batch]:
             logger.info("Setting up for %d of %d requests at once.", size, self.max_batch)
             self._run_made_up(size, 1, WARM_UP_TOKENS, along)

@@ -24,6 +24,7 @@ from idlm.engine.logprobs import logprobs_of
 from idlm.engine.request import Logprob, Request
 from idlm.engine.table import Moved, Table
 from idlm.engine.texts import Prompts
+from idlm.model.cuda.stack import is_small
 from idlm.model.tokenizer import Tokenizer
 from idlm.model.transfer import upload, upload_all
 
@@ -41,6 +42,11 @@ class Runner:
 
     On CUDA, cycles run as captured graphs; those of batches in which somebody has a grammar or
     wants log-probabilities run launch by launch, as do prompts.
+
+    Attributes:
+        along: whether cycles take prompts along where they can. The rows cost little where it is
+            the bytes of the weights that take time. Launches are what a small model's forward
+            costs, and two of them overlap.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Runner:
     ) -> None:
         self.method, self.device, self.pool = method, device, cache.pool
         self._cache, self._grammars = cache, grammars
+        self.along = not is_small(method.decoder.config)
         self._graphs: Graphs | None = None
         if device.type == "cuda":
             vocab_size = method.decoder.config.vocab_size
@@ -80,16 +87,16 @@ class Runner:
             return None
 
     @property
-    def captures(self) -> bool:
-        """Whether there are graphs."""
-        return self._graphs is not None
+    def takes_along(self) -> bool:
+        """Whether a cycle can take prompts along."""
+        return self.along and self._graphs is not None
 
     def replay_with(
         self, method: Method, seats: Seats, requests: Sequence[Request]
     ) -> tuple[Launch, Launch] | None:
         """`replay`, and the prompts of ``requests`` with it; what it brings to either.
 
-        They want nothing that those on the ``seats`` do not, and need `along` rows together.
+        They want nothing that those on the ``seats`` do not, and need no more than `ALONG` rows.
         """
         if self._graphs is None:
             return None
