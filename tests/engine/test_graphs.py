@@ -143,9 +143,10 @@ def test_tokens_are_those_of_single_launches(
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="There, all that is tried can be captured.")
-@pytest.mark.parametrize("captured", [1, 3, 6])
+@pytest.mark.parametrize("along", [False, True])
+@pytest.mark.parametrize("captured", [1, 2, 3, 6])
 def test_what_cannot_be_captured_goes_on_launch_by_launch(
-    llm: LLM, model: Any, captured: int, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, model: Any, captured: int, along: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graphs of prompts or cycles fail, of the first requests or of later ones and plans."""
     cases = [
@@ -166,7 +167,8 @@ def test_what_cannot_be_captured_goes_on_launch_by_launch(
 
     monkeypatch.setattr(UncapturedGraphs, "_captured", captured_or_not)
     policy = Policy(plans(3))
-    engine = engine_of(llm, model, "quadratic", 4, "coupled", max_batch=4, policy=policy)
+    options = {"max_batch": 4, "policy": policy, "along": along}
+    engine = engine_of(llm, model, "quadratic", 4, "coupled", **options)
     assert run_in_turn(engine, cases, 1) == expected
     assert engine._runner._graphs is None
 
@@ -474,6 +476,30 @@ def test_after_a_forward_that_failed_each_goes_on_from_its_own_state(
     assert run_in_turn(engine, cases, 0) == expected
     hook.remove()
     assert engine.stats.failed_forwards == 1
+
+
+def test_prompts_whose_cycle_failed_run_by_themselves(llm: LLM, model: Any) -> None:
+    cases = [
+        ([9 + i] * (5 + 7 * i), SamplingParams(seed=i, max_tokens=25, temperature=0.9))
+        for i in range(8)
+    ]
+    alone = engine_of(llm, model, "linear", 4, "coupled", ahead=False, max_batch=1)
+    alone._runner._graphs = None
+    expected = run_in_turn(alone, cases, 1000)
+    engine = engine_of(llm, model, "linear", 4, "coupled", along=True)
+    graphs: Any = engine._runner._graphs
+    decode_with, calls = graphs.decode_with, 0
+
+    def fail(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("once")
+        return decode_with(*given)
+
+    graphs.decode_with = fail
+    assert run_in_turn(engine, cases, 2) == expected
+    assert calls > 2 and engine.stats.failed_forwards == 1
 
 
 @pytest.mark.gpu
