@@ -478,6 +478,19 @@ def test_after_a_forward_that_failed_each_goes_on_from_its_own_state(
     assert engine.stats.failed_forwards == 1
 
 
+def test_plans_are_tried_though_every_cycle_takes_prompts_along(llm: LLM, model: Any) -> None:
+    policy = Policy(plans(3))
+    engine = engine_of(llm, model, "quadratic", 4, "coupled", policy=policy, along=True)
+    steady = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    engine.add([3] * 5, steady)
+    for _ in range(3):
+        engine.step()
+    for i in range(40):  # one more comes in every step, and says little
+        engine.add([5 + i] * 7, SamplingParams(temperature=0, max_tokens=1))
+        engine.step()
+    assert len(engine.stats.plans) > 2
+
+
 def test_prompts_whose_cycle_failed_run_by_themselves(llm: LLM, model: Any) -> None:
     cases = [
         ([9 + i] * (5 + 7 * i), SamplingParams(seed=i, max_tokens=25, temperature=0.9))

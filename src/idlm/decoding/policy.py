@@ -81,6 +81,10 @@ class Policy:
         share = 0.5 if seconds < before else 0.05
         self._seconds[key] = before + share * (seconds - before)
 
+    def knows(self, requests: int, plan: Layout) -> bool:
+        """Whether it was told often enough what a forward of so many requests costs."""
+        return self._known(_size(requests), plan)
+
     def saw(self, tested: Sequence[int], stood: Sequence[int]) -> None:
         """Note how drafts went in some forwards.
 

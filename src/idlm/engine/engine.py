@@ -360,7 +360,8 @@ class Engine:
     ) -> None:
         """Tell the policy what a forward takes that began at ``start``; ``alone``: no prompts."""
         assert self._policy is not None
-        if not alone:
+        # What prompts cost is no plan's doing; but where all cycles have some, there is no other.
+        if not alone and self._policy.knows(size, plan):
             self._began = None
             return
         # Without a graph, the host is busy for as long as the forward takes.
@@ -368,7 +369,7 @@ class Engine:
         if launch.seconds is not None and self._began is not None and self._began[0] == plan:
             # What a graph takes is not all: the host may need longer for what it brings.
             seconds = max(seconds, min(start - self._began[1], MOST_HOST * seconds))
-        self._began = plan, start
+        self._began = (plan, start) if alone else None
         self._policy.took(size, plan, seconds)
 
     def _run_texts(self, whole: Sequence[Request]) -> list[Request]:
