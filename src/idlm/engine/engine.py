@@ -8,22 +8,21 @@ import math
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
 from idlm.decoding.cycle import Method
-from idlm.decoding.layout import Layout
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.policy import Policy
 from idlm.engine.batch import Batch
 from idlm.engine.check import check_request
 from idlm.engine.commit import Commit, Launch
-from idlm.engine.flights import MOST_HOST, Flights
+from idlm.engine.flights import Flights
 from idlm.engine.grammar import grammars_of
 from idlm.engine.graphs import ALONG, LEAST_TEXT, text_requests, text_size
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.news import News
+from idlm.engine.plans import Plans
 from idlm.engine.request import Forwards, Place, Request
 from idlm.engine.runner import Runner
 from idlm.engine.scheduler import Scheduler
@@ -76,7 +75,8 @@ class Engine:
         self.max_batch, self.chunk = max_batch, chunk
         self._context = config.max_position_embeddings
         self._ahead = device.type == "cuda" if ahead is None else ahead
-        layouts = [method.layout, *(policy.plans if policy else ())]
+        self._plans = Plans(method, policy)
+        layouts = self._plans.layouts
         stride = max(x.stride for x in layouts)
         rows = max(x.num_rows for x in layouts) + AHEAD * stride * self._ahead
         # With the rows in flight a request has to fit into all blocks there are.
@@ -91,9 +91,6 @@ class Engine:
         table_width = -(-longest // cache.pool.block_tokens)
         places = max(x.block_size for x in layouts)
         self._runner = Runner(method, cache, self._grammars, device, table_width, places)
-        self._policy = policy
-        self._method_of = {x: replace(method, layout=x) for x in layouts}
-        self._began: tuple[Layout, float] | None = None  # the last forward, if nothing came since
         self._batch = Batch(self._runner)
         self._arriving: set[Request] = set()  # whose prompts run beside the others' cycles
         self._arriving_seconds = 0.0  # that all these prompts take
@@ -152,8 +149,7 @@ class Engine:
             for count in sorted(counts):
                 self._run_made_up(min(count, most), length, 1)
             length *= 2
-        if self._policy is not None:
-            self._policy.forget()
+        self._plans.forget()
 
     def _run_made_up(
         self, requests: int, prompt: int, tokens: int, others: Sequence[int] = ()
@@ -220,7 +216,7 @@ class Engine:
             evictions=pool.evictions,
             failed_forwards=self._failed_forwards,
             waited=self._flights.waited,
-            plans=dict(self._policy.chosen) if self._policy else {},
+            plans=self._plans.chosen,
         )
 
     @torch.inference_mode()
@@ -260,7 +256,7 @@ class Engine:
             self._flights.clear()  # of requests that ended
             self._arriving.clear()
             self._hand_out()
-            self._began = None
+            self._plans.interrupt()
         return moved or bool(texts)
 
     def _renew_batch(self) -> None:
@@ -339,9 +335,8 @@ class Engine:
 
     def _launch(self, batch: Batch, along: Sequence[Request]) -> Sequence[Request]:
         """Begin a forward of ``batch``, by the plan that is best for it; see `_decode`."""
-        size, method = len(batch.requests), self.method
-        if self._policy is not None:
-            method = self._method_of[self._policy.choose(size)]
+        size = len(batch.requests)
+        method = self._plans.choose(size)
         if along:
             self._beside.join()  # these may share blocks with prompts that still run
         start = time.perf_counter()
@@ -351,33 +346,16 @@ class Engine:
             self._beside.mark()  # others may share their blocks
             along = ()
         self._flights.add(batch.requests, launch, first=False)
-        if self._policy is not None:
-            self._note_cost(size, method.layout, launch, start, alone=begun is None)
+        self._plans.took(size, method.layout, launch, start, alone=begun is None)
         return along
-
-    def _note_cost(
-        self, size: int, plan: Layout, launch: Launch, start: float, *, alone: bool
-    ) -> None:
-        """Tell the policy what a forward takes that began at ``start``; ``alone``: no prompts."""
-        assert self._policy is not None
-        # What prompts cost is no plan's doing; but where all cycles have some, there is no other.
-        if not alone and self._policy.knows(size, plan):
-            self._began = None
-            return
-        # Without a graph, the host is busy for as long as the forward takes.
-        seconds = launch.seconds or time.perf_counter() - start
-        if launch.seconds is not None and self._began is not None and self._began[0] == plan:
-            # What a graph takes is not all: the host may need longer for what it brings.
-            seconds = max(seconds, min(start - self._began[1], MOST_HOST * seconds))
-        self._began = (plan, start) if alone else None
-        self._policy.took(size, plan, seconds)
 
     def _run_texts(self, whole: Sequence[Request]) -> list[Request]:
         """Run a chunk of what is not cached; whose text is cached decodes from then on.
 
         Of ``whole`` prompts all is run, whatever the size of the chunk.
         """
-        self._began, self._along = None, False
+        self._plans.interrupt()
+        self._along = False
         if not self._arriving:
             self._arriving_seconds = 0.0
         moved, whole = list(whole), list(whole)
@@ -452,9 +430,7 @@ class Engine:
 
         With graphs, where they cost little, all prompts share those of one layout.
         """
-        if self._policy is None or self._ahead:
-            return self.method
-        return self._method_of[self._policy.current(len(self._scheduler.running))]
+        return self.method if self._ahead else self._plans.current(len(self._scheduler.running))
 
     def _read(self, *, all: bool) -> None:
         """Give requests what has come (``all``: will come) of launches, or keep it for them."""
@@ -506,8 +482,7 @@ class Engine:
         """Give requests what is kept for them, and tell the policy how their drafts went."""
         if self._news is not None:
             self._news.hand_out()
-            if self._policy is not None:
-                self._policy.saw(*self._news.tested())
+            self._plans.saw(self._news)
             self._news = None
 
     def _keep(self, request: Request, cached: int) -> None:
