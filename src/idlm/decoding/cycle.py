@@ -184,14 +184,13 @@ def decode_with(
 ) -> Outcome:
     """`decode` of ``B`` requests and `prefill` of others as one forward.
 
-    Their rows go through the layers together, and so costs hardly more what would take as long as
-    a cycle by itself.
+    Their rows go through the layers together, so that the weights are read once for both.
 
     Args:
         sampling: of the requests of ``state``, then of each row of ``texts``.
     Returns:
-        Of the requests of ``state``, then of each row of ``texts``: what a row brings that is not
-        the last of its text is nothing that anybody wants.
+        Of the requests of ``state``, then of each row of ``texts``; nobody wants what a row brings
+        that is not the last of its text.
     """
     layout, M = method.layout, method.layout.block_size
     state = State(state.pending_B, state.length_B, state.drafts.resized(M))

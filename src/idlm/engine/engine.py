@@ -94,7 +94,7 @@ class Engine:
         self._batch = Batch(self._runner)
         self._arriving: set[Request] = set()  # whose prompts run beside the others' cycles
         self._arriving_seconds = 0.0  # that all these prompts take
-        self._along = False  # whether a cycle took the last prompts along
+        self._went_along = False  # whether a cycle took the last prompts along
         self._flights = Flights(device, max_batch * (2 * stride + 1))
         self._news: News | None = None  # of the last forwards read, which may not be handed out
 
@@ -221,7 +221,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """At most one decoding cycle of those that run and one chunk of prompts.
+        """At most one decoding cycle of those that run and one chunk of prompts, maybe in one.
 
         A cycle that raises is tried again for each request alone; one that raises alone ends its
         request with the finish reason ``error``.
@@ -277,12 +277,13 @@ class Engine:
     def _gathered(self) -> bool:
         """Whether to begin with those that wait now.
 
-        On a GPU a forward for one prompt takes as long as for many: a few wait for each other.
+        On a GPU a forward for one prompt takes as long as for many, and to let somebody join costs
+        the host as much as many: a few wait for each other.
         """
         running = len(self._scheduler.running)
         could = min(len(self._scheduler.waiting), self.max_batch - running)
         self._gathering = self._gathering + 1 if could > 0 else 0
-        few = could < min(running / (GATHER_ALONG if self._along else GATHER), ENOUGH)
+        few = could < min(running / (GATHER_ALONG if self._went_along else GATHER), ENOUGH)
         if self._ahead and few and self._gathering <= GATHER_STEPS:
             return False
         self._gathering = 0
@@ -299,7 +300,7 @@ class Engine:
             self._scheduler.prefilled(request)
             along.append(request)
             self._scheduler.admit()
-        self._along = bool(along) or self._along
+        self._went_along = bool(along) or self._went_along
         return along
 
     def _goes_along(self, request: Request) -> bool:
@@ -355,7 +356,7 @@ class Engine:
         Of ``whole`` prompts all is run, whatever the size of the chunk.
         """
         self._plans.interrupt()
-        self._along = False
+        self._went_along = False
         if not self._arriving:
             self._arriving_seconds = 0.0
         moved, whole = list(whole), list(whole)

@@ -165,7 +165,7 @@ class Graphs:
             for own in inputs:
                 own.clear()
 
-        def cycle() -> Outcome:
+        def run_and_go_on() -> Outcome:
             outcome = run()
             go_on(inputs, outcome.state)
             return outcome
@@ -178,7 +178,7 @@ class Graphs:
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
                 # What is compiled or allocated once is not part of the graph.
-                outcome = cycle()
+                outcome = run_and_go_on()
                 ring = _ring(outcome.packed_BX)
                 if ring is not None:
                     ring.write(outcome.packed_BX)
@@ -186,7 +186,7 @@ class Graphs:
             graph = torch.cuda.CUDAGraph()
             clear()
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                outcome = cycle()
+                outcome = run_and_go_on()
                 if ring is not None:
                     ring.write(outcome.packed_BX)
             for own in inputs:
