@@ -33,6 +33,7 @@ from idlm.model.cuda.rotation import Heads, rotate_and_append
 from idlm.model.cuda.rows import Rows
 from idlm.model.cuda.stream import begin
 from idlm.model.cuda.tile import Tile
+from idlm.model.decoder import Part
 
 COLD_BYTES = 400e6  # several times the L2 cache
 BLOCK = 16
@@ -281,13 +282,9 @@ def time_layers(model: str, report: Report, deadline: float, bandwidth: float) -
                         rows.positions_BR,  # noqa: B023
                         rows.visible_BRR,  # noqa: B023
                     )
-                    decoder(
-                        tokens,  # noqa: B023
-                        rows.positions_BR,  # noqa: B023
-                        attention,
-                        num_masks=layout.num_masks,  # noqa: B023
-                        adapter=lora,  # noqa: B023
-                    )
+                    positions, masks = rows.positions_BR, layout.num_masks  # noqa: B023
+                    part = Part(tokens, positions, attention, masks)  # noqa: B023
+                    decoder.together([part], lora)  # noqa: B023
 
                 began = time.monotonic()
                 line: dict[str, Any] = {

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from idlm.model.adapter import Adapter
 from idlm.model.attention import PagedAttention
 from idlm.model.cuda import head as cuda_head
 from idlm.model.cuda import stack as cuda_stack
-from idlm.model.decoder import Part
+from idlm.model.decoder import Decoder, Part
 from tests.support.paged import block_table, contiguous, paged
 from tests.support.random_model import random_adapter, random_config, random_decoder
 
@@ -25,6 +26,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     "biases": {"qkv_bias": True, "output_bias": True, "mlp_bias": True},
     "qk norm, window": {"qk_norm": True, "sliding_window": 6, "head_dim": 16},
 }
+
+
+def model_of(
+    shape: str, adapted: bool, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Decoder, Adapter | None]:
+    """Random; its projections are one launch each, or the library's product and one."""
+    if not fused:
+        monkeypatch.setattr(cuda_stack, "FUSED_ROWS", 0)
+        monkeypatch.setattr(cuda_stack, "SMALL_WEIGHT", 0)
+    config = random_config(**SHAPES[shape])
+    decoder = random_decoder(config).to(DEVICE)
+    for name, parameter in decoder.named_parameters():
+        if "norm" in name or "bias" in name:  # norms at 1 and biases at 0 would hide mistakes
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    adapter = random_adapter(config).to(DEVICE).freeze() if adapted else None
+    if adapter is not None and not fused:
+        monkeypatch.setattr(cuda_stack, "usable", lambda device: True)
+        cuda_stack.prepare(decoder, adapter)
+    return decoder, adapter
 
 
 @pytest.mark.parametrize(
@@ -48,18 +68,8 @@ def test_is_the_layers(
     fused: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not fused:
-        monkeypatch.setattr(cuda_stack, "FUSED_ROWS", 0)
-        monkeypatch.setattr(cuda_stack, "SMALL_WEIGHT", 0)
-    config = random_config(**SHAPES[shape])
-    decoder = random_decoder(config).to(DEVICE)
-    for name, parameter in decoder.named_parameters():
-        if "norm" in name or "bias" in name:  # norms at 1 and biases at 0 would hide mistakes
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    adapter = random_adapter(config).to(DEVICE).freeze() if adapted else None
-    if adapter is not None and not fused:
-        monkeypatch.setattr(cuda_stack, "usable", lambda device: True)
-        cuda_stack.prepare(decoder, adapter)
+    decoder, adapter = model_of(shape, adapted, fused, monkeypatch)
+    config = decoder.config
     B, R, length = 3, clean + masks, 40
     table_BP = block_table(B, length)
     shape_LBKSD = (config.num_layers, B, config.num_kv_heads, length, config.head_dim)
@@ -106,12 +116,8 @@ def test_parts_run_together(
     shape: str, masks: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some that decode, and texts, of which two rows are one text: as if each ran by itself."""
-    if not fused:
-        monkeypatch.setattr(cuda_stack, "FUSED_ROWS", 0)
-        monkeypatch.setattr(cuda_stack, "SMALL_WEIGHT", 0)
-    config = random_config(**SHAPES[shape])
-    decoder = random_decoder(config).to(DEVICE)
-    adapter = random_adapter(config).to(DEVICE).freeze() if masks else None
+    decoder, adapter = model_of(shape, masks > 0, fused, monkeypatch)
+    config = decoder.config
     table_BP = block_table(5, 60) + 1
     kept = torch.randn(2, config.num_layers, 22, config.num_kv_heads, 16, config.head_dim)
 

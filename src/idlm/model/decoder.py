@@ -186,9 +186,6 @@ class Decoder(nn.Module):
         """
         lora = adapter if num_masks else None
         paged = attention if isinstance(attention, PagedAttention) else None
-        if paged is not None and cuda_stack.takes(self, paged, lora):
-            part = Part(tokens_BC, positions_BR, paged, num_masks)
-            return cuda_stack.run(self, [part], lora)[0]
         x_BRH = self._embed(tokens_BC, num_masks, adapter)
         cos_BR1D, sin_BR1D = self._rope(positions_BR, x_BRH.dtype)
         if paged is not None and cpu_stack.takes(x_BRH, paged, lora):
@@ -198,7 +195,7 @@ class Decoder(nn.Module):
         return self.norm(x_BRH)
 
     def together(self, parts: Sequence[Part], adapter: Adapter | None) -> list[torch.Tensor]:
-        """`forward` of all ``parts``; as one where `cuda_stack.takes` them.
+        """`forward` of all ``parts``, by fused kernels where `cuda_stack.takes` them.
 
         Within a layer all keys are there before anybody attends: rows of a part may go on where
         others of it end.
