@@ -282,8 +282,7 @@ def time_layers(model: str, report: Report, deadline: float, bandwidth: float) -
                         rows.positions_BR,  # noqa: B023
                         rows.visible_BRR,  # noqa: B023
                     )
-                    positions, masks = rows.positions_BR, layout.num_masks  # noqa: B023
-                    part = Part(tokens, positions, attention, masks)  # noqa: B023
+                    part = Part(tokens, attention, layout.num_masks)  # noqa: B023
                     decoder.together([part], lora)  # noqa: B023
 
                 began = time.monotonic()

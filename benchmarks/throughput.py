@@ -318,6 +318,11 @@ def main() -> None:
     parser.add_argument(
         "--spread", type=float, default=0.0, help="answers are up to this share longer or shorter"
     )
+    parser.add_argument(
+        "--prefill",
+        choices=("along", "beside"),
+        help="with cycles; default: along with large models",
+    )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--window", type=float, default=1.0, help="seconds that are counted")
     parser.add_argument("--seconds", type=float, default=240, help="begin nothing new after")
@@ -358,6 +363,8 @@ def main() -> None:
             try:
                 source = prompts(subject.llm, args.prompts, args.prompt_tokens)
                 engine = subject.engine(plan, concurrency)
+                if args.prefill:
+                    engine._runner.along = args.prefill == "along"
                 line |= measure(engine, source, concurrency, params, args.spread, args.window)
             except Exception:
                 traceback.print_exc()

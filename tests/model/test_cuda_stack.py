@@ -94,7 +94,7 @@ def test_is_the_layers(
         )
 
     caches, expected_caches = (paged(kept, table_BP).to(DEVICE) for _ in range(2))
-    part = Part(tokens_BC, positions_BR.to(DEVICE), attention(caches), masks)
+    part = Part(tokens_BC, attention(caches), masks)
     (hidden_BRH,) = cuda_stack.run(decoder, [part], adapter)
     for layer in decoder.layers:
         x_BRH = layer(x_BRH, cos, sin, attention(expected_caches), masks, adapter)
@@ -141,7 +141,7 @@ def test_parts_run_together(
                 config.sliding_window,
                 kept_BR,
             )
-            return Part(tokens_BC, attention.positions_BR, attention, masks)
+            return Part(tokens_BC, attention, masks)
 
         return over
 

@@ -236,7 +236,7 @@ def _decoding(
         visible_BRR,
         method.decoder.config.sliding_window,
     )
-    return Part(tokens_BN, positions_BR, attention, method.layout.num_masks)
+    return Part(tokens_BN, attention, method.layout.num_masks)
 
 
 def _rows(tables: RowTables, state: State) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -344,7 +344,7 @@ def _causal(
         method.decoder.config.sliding_window,
         None if last_B is None else last_B[:, None] | (row_R < C),
     )
-    return Part(tokens_BC, attention.positions_BR, attention, num_masks)
+    return Part(tokens_BC, attention, num_masks)
 
 
 def _conclude(

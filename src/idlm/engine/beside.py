@@ -1,9 +1,10 @@
 """Two streams of one device: prompts run beside cycles.
 
-Prompts run after all that came before the last cycle when they were launched, and beside it and the
-cycles after it, until one of them joins (`Beside.join`). They never touch the same blocks: a
-request joins after its prompt; one that has ended has no row in a cycle that is launched after its
-blocks were given back; and who gives back blocks that a prompt may still write into joins first.
+Prompts run after all that came before the last cycle when they were launched (and after that cycle
+if it took other prompts along), and beside it and the cycles after it, until one of them joins
+(`Beside.join`). They never touch the same blocks: a request joins after its prompt; one that has
+ended has no row in a cycle that is launched after its blocks were given back; and who gives back
+blocks that a prompt may still write into joins first.
 """
 
 from __future__ import annotations

@@ -94,6 +94,7 @@ class Engine:
         self._batch = Batch(self._runner)
         self._arriving: set[Request] = set()  # whose prompts run beside the others' cycles
         self._arriving_seconds = 0.0  # that all these prompts take
+        self._along_rows = min(ALONG[-1], chunk // LEAST_TEXT)  # of prompts in a cycle, at most
         self._went_along = False  # whether a cycle took the last prompts along
         self._flights = Flights(device, max_batch * (2 * stride + 1))
         self._news: News | None = None  # of the last forwards read, which may not be handed out
@@ -295,7 +296,7 @@ class Engine:
         rows = 0
         while (request := self._scheduler.prefilling) and self._goes_along(request):
             rows += _rows(request)
-            if rows > min(ALONG[-1], self.chunk // LEAST_TEXT):
+            if rows > self._along_rows:
                 break
             self._scheduler.prefilled(request)
             along.append(request)
@@ -306,7 +307,7 @@ class Engine:
     def _goes_along(self, request: Request) -> bool:
         """Whether a cycle can take the prompt of ``request`` along: now, or the next one."""
         fresh = not (request.scoring or request.token_ids)
-        few = _rows(request) <= min(ALONG[-1], self.chunk // LEAST_TEXT)
+        few = _rows(request) <= self._along_rows
         return fresh and few and not self._batch.idle and self._batch.takes_along(request)
 
     def _runs_texts(self) -> bool:

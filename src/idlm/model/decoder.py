@@ -135,11 +135,10 @@ class Part:
     """Requests of a forward that have as many rows each; their attention is their own.
 
     Attributes:
-        tokens_BC, positions_BR, attention, num_masks: as in `Decoder.forward`.
+        tokens_BC, attention, num_masks: as in `Decoder.forward`; the attention knows the positions.
     """
 
     tokens_BC: torch.Tensor
-    positions_BR: torch.Tensor
     attention: PagedAttention
     num_masks: int
 
@@ -207,8 +206,14 @@ class Decoder(nn.Module):
         if all(cuda_stack.takes(self, part.attention, lora) for part in parts):
             return cuda_stack.run(self, parts, lora)
         return [
-            self(x.tokens_BC, x.positions_BR, x.attention, num_masks=x.num_masks, adapter=adapter)
-            for x in parts
+            self(
+                part.tokens_BC,
+                part.attention.positions_BR,
+                part.attention,
+                num_masks=part.num_masks,
+                adapter=adapter,
+            )
+            for part in parts
         ]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,7 @@ def attend(
 ) -> torch.Tensor:
     """Softmax attention of in-flight rows over committed keys and over each other.
 
-    Nothing waits for the device, and the launches depend on shapes only: they can be captured.
+    Nothing waits for the device, and the launch depends on shapes only: it can be captured.
 
     Args:
         qkv_NW: as `rotation.rotate_and_append` has left it; Q query heads share K KV heads.
@@ -96,18 +96,18 @@ def attend(
     N, W = qkv_NW.shape
     K, T, D = k_NKTD.shape[1:]
     Q = W // D - 2 * K
-    G, texts = Q // K, groups[0].requests * K
-    cut = cut_of(texts, (groups[0].clean + groups[0].masks) * G, D, k_NKTD.itemsize)
-    longest = triton.cdiv(groups[0].table_BP.shape[1] * T, PART_KEYS)
+    first, second = groups[0], groups[-1]  # maybe the same
+    G, texts = Q // K, first.requests * K
+    cut = cut_of(texts, (first.clean + first.masks) * G, D, k_NKTD.itemsize)
+    longest = triton.cdiv(first.table_BP.shape[1] * T, PART_KEYS)
     parts = max(1, min(MAX_PARTS, longest, triton.cdiv(cut.programs, texts)))
     out_NX = torch.empty((N, Q * D), dtype=qkv_NW.dtype, device=qkv_NW.device)
     partial, worth = out_NX, out_NX
     if parts > 1:
         partial = torch.empty((parts, N, Q, D), dtype=torch.float32, device=qkv_NW.device)
         worth = torch.empty((parts, N, Q), dtype=torch.float32, device=qkv_NW.device)
-    first, second = groups[0], groups[-1]
-    tiles = [triton.cdiv((x.clean + x.masks) * G, cut.rows) for x in (first, second)]
-    programs = sum(x.requests * K * n for x, n in zip(groups, tiles, strict=False))
+    tiles = [triton.cdiv((x.clean + x.masks) * G, cut.rows) for x in groups]
+    programs = sum(x.requests * K * n for x, n in zip(groups, tiles, strict=True))
     _attend[(programs, parts)](
         qkv_NW,
         k_NKTD,
@@ -118,9 +118,9 @@ def attend(
         worth,
         D**-0.5,
         N,
-        first.requests * K,
+        texts,
         tiles[0],
-        max(1, second.requests * K),
+        second.requests * K,
         parts,
         *k_NKTD.stride()[:3],
         WINDOW=window or 0,

@@ -126,7 +126,7 @@ def _groups(parts: Sequence[Part]) -> list[Rows]:
             masks=part.num_masks,
             table_BP=attention.table_BP,
             start_B=attention.start_B,
-            positions_BR=part.positions_BR.contiguous(),
+            positions_BR=attention.positions_BR.contiguous(),
             visible_BRR=attention.visible_BRR.contiguous(),
             first_clean=first_clean,
             first_mask=first_mask,
