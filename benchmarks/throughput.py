@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument(
         "--prefill",
         choices=("along", "beside"),
-        help="with cycles; default: along with large models",
+        help="default: along with cycles of large models",
     )
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--window", type=float, default=1.0, help="seconds that are counted")
